@@ -1,0 +1,59 @@
+# scalemlo: the two commands to know are `make demo` and `make test`.
+#
+# Needs Python 3.11 or newer with pip, nothing else: each target makes .venv when it is missing. Without make, copy the
+# recipe lines into a shell. Variables:
+#   PYTHON       the interpreter that makes .venv                    make test PYTHON=python3.12
+#   PIP_FLAGS    more options for pip. On Linux plain PyPI serves the CUDA build of torch (gigabytes); for the CPU build:
+#                make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   PYTEST_FLAGS more options for pytest                             make test PYTEST_FLAGS="-k fsdp -x"
+#   DEMO_FLAGS   key=value changes to the demo's configuration       make demo DEMO_FLAGS="steps=20"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+
+.PHONY: demo test test-full bench lint format clean
+
+# The stamps make a second call quick; a change of pyproject.toml or constraints.txt installs again.
+.venv/bin/python:
+	"$(PYTHON)" -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "scalemlo needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	"$(PYTHON)" -m venv .venv
+
+.venv/.demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -e ".[demo]" -c constraints.txt
+	touch .venv/.demo.stamp
+
+.venv/.test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -e ".[demo,dev]" -c constraints.txt
+	touch .venv/.demo.stamp .venv/.test.stamp
+
+# Trains the demo recipe end to end on this machine's CPU or GPU.
+demo: .venv/.demo.stamp
+	.venv/bin/scalemlo train configs/reweight_smollm2.yaml $(DEMO_FLAGS)
+
+test: .venv/.test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The slow checks too.
+test-full: .venv/.test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest --full $(PYTEST_FLAGS)
+
+# Runs every benchmark; each says on its first lines what it measures.
+bench: .venv/.test.stamp
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; .venv/bin/python "$$file" || exit 1; done
+
+lint: .venv/.test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/ty check
+
+format: .venv/.test.stamp
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,187 @@
+"""Batches without end: cycled, split over ranks, moved to the device."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+
+from .distributed import rank, world_size
+
+
+class BatchStream:
+    """An endless stream of this rank's parts of a level's batches.
+
+    Batches are global: every rank sees the same sequence and takes its 1/W along the first dimension, so that a run
+    on W ranks follows the run on one. A map-style ``DataLoader`` is split at its sampler (each rank loads only its
+    part) and its shuffling, if the user gave no generator, is seeded by the program; any other iterable is iterated on
+    every rank and its batches are sliced. A loader with a ``DistributedSampler`` is taken as split already.
+
+    Args:
+        data: The iterable.
+        level: Name for messages.
+        device: Where to put tensors.
+        seed: Seed of the shuffling.
+
+    Raises:
+        ValueError: If the loader is empty, or its batches cannot be split evenly over the ranks.
+    """
+
+    def __init__(self, data: Iterable, *, level: str, device: torch.device, seed: int):
+        self._level, self._device = level, device
+        self._sliced = True
+        self._data = data
+        if isinstance(data, DataLoader):
+            _check_length(data, level)
+            _seed_shuffling(data, seed)
+            if isinstance(data.sampler, DistributedSampler):
+                self._sliced = False
+            elif world_size() > 1 and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
+                self._data, self._sliced = _rank_loader(data, level), False
+        self._iterator: Iterator | None = None
+        self.epoch = -1
+        self.num_batches = 0
+
+    def next(self) -> Any:
+        """The next batch of this rank.
+
+        Raises:
+            ValueError: If the data is empty or exhausted, or a batch is smaller than the number of ranks.
+        """
+        batch = self._next_global()
+        if self._sliced and world_size() > 1:
+            batch = _take_part(batch, self._level)
+        self.num_batches += 1
+        return map_tensors(lambda t: t.to(self._device, non_blocking=True), batch)
+
+    def _next_global(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self.epoch += 1
+                if hasattr(getattr(self._data, "sampler", None), "set_epoch"):
+                    self._data.sampler.set_epoch(self.epoch)  # type: ignore[attr-defined]
+                self._iterator = iter(self._data)
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+        if self.num_batches == 0:
+            raise ValueError(f"level {self._level!r}: data is empty, it gave no batch.")
+        raise ValueError(
+            f"level {self._level!r}: data was exhausted after {self.num_batches} batches and cannot be iterated again. "
+            "Give a DataLoader or a list instead of a generator."
+        )
+
+
+def map_tensors(fn, batch: Any) -> Any:
+    """Apply a function to every tensor of a nested batch, keeping its types (``BatchEncoding`` too)."""
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, Mapping):
+        return _rebuilt(batch, {key: map_tensors(fn, value) for key, value in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return _rebuilt(batch, [map_tensors(fn, value) for value in batch])
+    return batch
+
+
+def _rebuilt(like: Any, content: Any) -> Any:
+    """A container of the same type: dict, BatchEncoding, tuple, named tuple, list."""
+    return type(like)(*content) if hasattr(like, "_fields") else type(like)(content)
+
+
+def batch_size(batch: Any) -> int | None:
+    """Length of the first dimension of the first tensor that has one; None if there is no such tensor."""
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, batch)
+    return sizes[0] if sizes else None
+
+
+def _take_part(batch: Any, level: str) -> Any:
+    size = batch_size(batch)
+    if size is None:
+        return batch
+    part = _part(size, level)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[part] if value.dim() and value.shape[0] == size else value
+        if isinstance(value, Mapping):
+            return _rebuilt(value, {key: take(item) for key, item in value.items()})
+        if isinstance(value, list) and len(value) == size and not any(isinstance(item, Tensor) for item in value):
+            return value[part]  # one entry per example: texts, identifiers
+        if isinstance(value, (tuple, list)):
+            return _rebuilt(value, [take(item) for item in value])
+        return value
+
+    return take(batch)
+
+
+def _part(size: int, level: str) -> slice:
+    if size < world_size():
+        raise ValueError(
+            f"level {level!r}: a batch of {size} example(s) is smaller than the number of ranks ({world_size()}). "
+            "Use a larger batch size or fewer processes."
+        )
+    if size % world_size():
+        raise ValueError(
+            f"level {level!r}: a batch of {size} examples cannot be split evenly over {world_size()} ranks. Make the "
+            "batch size a multiple of the number of ranks, and set drop_last=True if the last batch is shorter."
+        )
+    share = size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+class _RankBatches:
+    """The batch sampler of one rank: its part of each batch of another batch sampler."""
+
+    def __init__(self, batches: Iterable, level: str):
+        self._batches, self._level = batches, level
+
+    def __iter__(self) -> Iterator[list]:
+        for indices in self._batches:
+            indices = list(indices)
+            yield indices[_part(len(indices), self._level)]
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+
+def _rank_loader(loader: DataLoader, level: str) -> DataLoader:
+    sampler = loader.batch_sampler
+    if isinstance(sampler, BatchSampler):
+        size, total = sampler.batch_size, len(sampler.sampler)  # type: ignore[arg-type]
+        _part(size, level)
+        if not sampler.drop_last and total % size:
+            _part(total % size, level)  # the last batch of an epoch, found out now instead of after an epoch
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_RankBatches(sampler, level),  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _check_length(loader: DataLoader, level: str) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    if len(loader) == 0:
+        raise ValueError(
+            f"level {level!r}: data is empty: {len(loader.dataset)} example(s) with batch size {loader.batch_size} and "  # type: ignore[arg-type]
+            f"drop_last={loader.drop_last} give no batch."
+        )
+
+
+def _seed_shuffling(loader: DataLoader, seed: int) -> None:
+    """Keep shuffling out of the global generator: ranks must agree, and dropout must not depend on the data."""
+    if loader.generator is None:
+        loader.generator = torch.Generator().manual_seed(seed)
+    if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
+        loader.sampler.generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,146 @@
+"""The process group: who we are, and the few collectives the mathematics needs.
+
+Every collective here treats "no process group" as a group of one, so the same code runs under plain ``python``,
+``torchrun`` and ``accelerate launch``. All of them are collective: every rank calls them, in the same order.
+"""
+
+import os
+import tempfile
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Rank of this process in the default group (0 without one)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the default group (1 without one)."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and prints for all."""
+    return rank() == 0
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process (``LOCAL_RANK`` picks it), or the CPU."""
+    if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+        return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def initialize(device: torch.device | None = None, *, timeout_seconds: float = 1800.0) -> torch.device:
+    """Join the default process group when a launcher started us; do nothing otherwise.
+
+    Args:
+        device: Device of this rank; by default :func:`default_device`.
+        timeout_seconds: How long a collective may wait for the other ranks.
+
+    Returns:
+        The device of this rank.
+    """
+    device = device or default_device()
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout_seconds))
+    return device
+
+
+def ensure_group(device: torch.device) -> None:
+    """Make a group of one where an engine insists on a process group and no launcher made one."""
+    if not dist.is_initialized():
+        store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="scalemlo-"), "store"), 1)
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+
+
+def check_launch(requested: int | None) -> None:
+    """Compare the number of processes with the number that was asked for.
+
+    On a machine without GPUs some launch commands start one process where two were asked for; without this check
+    the run would silently train on half the batch.
+
+    Args:
+        requested: The world size the user asked for, or None where nothing was asked.
+
+    Raises:
+        ValueError: If another number of processes is running.
+    """
+    if requested is not None and requested != world_size():
+        raise ValueError(
+            f"num_processes={requested} was asked for, but {world_size()} process(es) are running. On CPU, "
+            "`accelerate launch --num_processes N` may start a single one: use "
+            f"`torchrun --nproc-per-node {requested} -m scalemlo ...` or `accelerate launch --config_file "
+            "launch/cpu_2.yaml`."
+        )
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over all ranks, differentiable in both modes: the adjoint and the tangent are all-reduced sums too.
+
+    Args:
+        x: Tensor of the same shape on every rank.
+
+    Returns:
+        A new tensor, equal on every rank.
+    """
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def all_reduce_mean_(x: Tensor) -> Tensor:
+    """Mean over all ranks, in place, outside autograd."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; equal on every rank."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=default_device() if dist.get_backend() != "gloo" else "cpu")
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _AllReduceSum.apply(grad)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return _AllReduceSum.apply(tangent)
+
+
+def _backend(device: torch.device) -> str:
+    return "gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device)

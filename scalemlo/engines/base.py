@@ -1,0 +1,222 @@
+"""What every engine offers: training as its framework does it, and its shards for everything else."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..second_order.skeleton import Skeleton
+from ..shards import Shards
+
+DType = Literal["fp32", "bf16", "fp16"]
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Call = Callable[[str, tuple, dict], Any]
+"""``call(method, args, kwargs)`` runs a method of a module, however an engine or a derivative wants it run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec(ABC):
+    """How a level's module is to be wrapped; give it to :class:`scalemlo.Program` or to one level.
+
+    Args:
+        dtype: Precision of the forward and backward computation. Master weights stay in the dtype the module has
+            (load it in fp32 for mixed precision). ``"fp16"`` scales the loss and needs a GPU.
+
+    Raises:
+        ValueError: If the dtype is unknown.
+    """
+
+    dtype: DType = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {sorted(COMPUTE_DTYPES)}.")
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The reduced precision to compute in, or None for the module's own."""
+        return COMPUTE_DTYPES[self.dtype]
+
+    @abstractmethod
+    def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> "Engine":
+        """Take over a module whose ``requires_grad`` flags say what is trained.
+
+        Args:
+            module: Module on any device; it is moved and possibly sharded in place.
+            name: What to call it in messages.
+            device: Device of this rank.
+            may_skip_parameters: Whether a backward pass may leave some trainable parameters without a gradient.
+
+        Returns:
+            The engine that owns the module from now on.
+        """
+
+
+@dataclass(frozen=True)
+class ParameterBlock:
+    """The parameters of one level: some names in one engine."""
+
+    engine: "Engine"
+    names: tuple[str, ...]
+
+    def shards(self) -> Shards:
+        """Local weights; aliases the live ones."""
+        return Shards({name: self.engine.local(name) for name in self.names}, self.engine.group)
+
+    def vector(self, tensors: Mapping[str, Tensor | None]) -> Shards:
+        """A vector over these parameters; None entries become zeros."""
+        filled = {n: torch.zeros_like(self.engine.local(n)) if tensors[n] is None else tensors[n] for n in self.names}
+        return Shards(filled, self.engine.group)
+
+
+class Engine(ABC):
+    """One module, wrapped for training, and its skeleton for the derivatives no training framework computes."""
+
+    def __init__(self, module: nn.Module, spec: EngineSpec, *, name: str, device: torch.device, units: Sequence[str]):
+        if spec.dtype == "fp16" and device.type == "cpu":
+            raise ValueError(f"engine of {name!r}: dtype='fp16' needs a GPU, this rank runs on {device}. Use 'bf16'.")
+        self.spec, self.name, self.device = spec, name, device
+        self.module = module.to(device)
+        self.skeleton = Skeleton(self.module, units)
+        self._functional: Call | None = None
+
+    # ---- what differs between engines --------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def group(self) -> dist.ProcessGroup | None:
+        """The group shards are split over; None where every rank holds whole parameters."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """All parameters by canonical name, as an optimizer must see them."""
+
+    @abstractmethod
+    def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Run the live module the way the training framework wants it run."""
+
+    @abstractmethod
+    def local(self, name: str) -> Tensor:
+        """This rank's shard of a parameter: detached, aliasing the live weights."""
+
+    @abstractmethod
+    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
+        """Full tensors in the dtype the live module computes in; differentiable, traceable by torch.func.
+
+        Args:
+            shards: Local shards by parameter name.
+            cast_first: Cast before the collective (fewer bytes), or after it (the adjoint then sums over ranks in the
+                dtype of the shards).
+        """
+
+    @abstractmethod
+    def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean over ranks of gradients that each rank computed through :meth:`gather` from its part of the batch."""
+
+    @abstractmethod
+    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """Full tensors on the CPU of rank 0 (empty elsewhere), names as in the unwrapped module. Collective."""
+
+    def live_pass(self, *, wanted: bool, last: bool) -> AbstractContextManager[None]:
+        """Context of one forward and backward over the live module.
+
+        Args:
+            wanted: Whether this pass is meant to give this module's gradients.
+            last: Whether the accumulated gradients must be reduced over ranks in this pass.
+        """
+        return nullcontext() if wanted else _frozen(self.module)
+
+    # ---- the same for all --------------------------------------------------------------------------------------
+    def call(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Run a method of the module: live, or functionally inside :meth:`functional`."""
+        return (self._functional or self.call_live)(method, args, kwargs)
+
+    @contextmanager
+    def functional(self, call: Call) -> Iterator[None]:
+        """While inside, every call of the module goes to ``call`` instead of the live module."""
+        assert self._functional is None, "functional passes do not nest"
+        self._functional = call
+        try:
+            yield
+        finally:
+            self._functional = None
+
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager:
+        """Autocast to the compute dtype, where this engine uses autocast."""
+        if self.spec.compute_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.spec.compute_dtype, cache_enabled=cache)
+
+    def call_skeleton(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Run the skeleton with the weights it is lent, in the precision of the live module."""
+        with self.autocast(cache=False):
+            return self.skeleton.call(method, args, kwargs)
+
+    def take_gradients(self, names: Sequence[str]) -> dict[str, Tensor | None]:
+        """Take the local gradients out of the module: mean over ranks, dtype of the weights; None where there is none."""
+        taken = {}
+        for name in names:
+            parameter = self.parameters[name]
+            taken[name] = None if parameter.grad is None else self.to_local(parameter.grad)
+            parameter.grad = None
+        return taken
+
+    def put_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Hand gradients to the optimizer."""
+        for name, grad in gradients.items():
+            self.parameters[name].grad = self.from_local(name, grad)
+
+    def clear_gradients(self) -> None:
+        """Drop all gradients of the module."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    def to_local(self, t: Tensor) -> Tensor:
+        """This rank's part of a tensor that has the layout of a parameter."""
+        return t
+
+    def from_local(self, name: str, t: Tensor) -> Tensor:
+        """The inverse of :meth:`to_local` for a tensor laid out like the parameter ``name``."""
+        return t
+
+
+class ModuleView:
+    """What a loss sees of a module: call it, or any of its methods, and the engine runs it.
+
+    Calls go through the training framework in ordinary passes and through the skeleton where a derivative is taken,
+    so the same loss serves both. Attributes that are not methods of the module (``config``, say) are passed through.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def __call__(self, *args, **kwargs):
+        """Run the module's forward."""
+        return self._engine.call("forward", args, kwargs)
+
+    def __getattr__(self, name: str):
+        value = getattr(self._engine.module, name)
+        if getattr(value, "__self__", None) is self._engine.module and not hasattr(nn.Module, name):
+            return lambda *args, **kwargs: self._engine.call(name, args, kwargs)
+        return value
+
+    def __repr__(self) -> str:
+        return f"ModuleView({self._engine.name})"
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

@@ -1,0 +1,212 @@
+"""Parameters, gradients and optimizer states split over ranks by FSDP2 (``fully_shard``)."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+from ..distributed import ensure_group, world_size
+from .base import Engine, EngineSpec
+from .gather import RowSharding, gather_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP(EngineSpec):
+    """Every rank holds 1/W of every parameter, and gathers one unit at a time.
+
+    Args:
+        dtype: ``"bf16"`` gathers and computes in bf16 and reduces gradients in fp32; the shards keep the module's dtype.
+        units: Class names of the blocks to gather together, ``("LlamaDecoderLayer",)`` say. By default the module's
+            ``_no_split_modules`` (Hugging Face models have it), else the members of its outermost ``ModuleList`` s.
+        reshard_after_forward: Free a block's gathered weights after its forward and gather them again in backward.
+    """
+
+    units: Sequence[str] | None = None
+    reshard_after_forward: bool = True
+
+    def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> "FSDPEngine":
+        """See :meth:`EngineSpec.wrap`.
+
+        Raises:
+            ValueError: If a parameter has no dimension to split, or no block has the class that ``units`` names.
+        """
+        ensure_group(device)
+        scalars = [n for n, p in module.named_parameters() if p.dim() == 0]
+        if scalars:
+            raise ValueError(
+                f"level {name!r}: FSDP splits parameters by rows, but {scalars} have none. Give them shape [1], or the "
+                "level engine=DDP()."
+            )
+        return FSDPEngine(module, self, name=name, device=device)
+
+
+class FSDPEngine(Engine):
+    """See :class:`FSDP`."""
+
+    def __init__(self, module: nn.Module, spec: FSDP, *, name: str, device: torch.device):
+        units = find_units(module, spec.units, name)
+        super().__init__(module, spec, name=name, device=device, units=units)
+        self._mesh = init_device_mesh(device.type, (world_size(),))
+        _broadcast_from_first_rank(self.module)
+        self._layout = {n: RowSharding(p.shape, world_size()) for n, p in self.module.named_parameters()}
+        policy = MixedPrecisionPolicy()
+        if spec.compute_dtype is not None:
+            policy = MixedPrecisionPolicy(param_dtype=spec.compute_dtype, reduce_dtype=torch.float32)
+            for unit in self.skeleton.units[1:]:
+                _cast_inputs(self.skeleton.module.get_submodule(unit.name), spec.compute_dtype)
+        for unit in units:
+            fully_shard(
+                self.module.get_submodule(unit),
+                mesh=self._mesh,
+                mp_policy=policy,
+                reshard_after_forward=spec.reshard_after_forward,
+            )
+        fully_shard(self.module, mesh=self._mesh, mp_policy=policy)
+        self._parameters = dict(self.module.named_parameters())  # listed while sharded: these objects stay
+        self._methods = {"forward"}
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group all parameters are split over."""
+        return self._mesh.get_group()
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The one-dimensional mesh of that group."""
+        return self._mesh
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """DTensor parameters."""
+        return self._parameters
+
+    def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Call the module, inside FSDP's hooks also where the method is not ``forward``."""
+        if method not in self._methods:
+            register_fsdp_forward_method(self.module, method)
+            self._methods.add(method)
+        return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+
+    def call_skeleton(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Run the skeleton; float inputs are cast as FSDP2 casts them."""
+        dtype = self.spec.compute_dtype
+        args, kwargs = (_cast((args, kwargs), dtype)) if dtype else (args, kwargs)
+        return self.skeleton.call(method, args, kwargs)
+
+    @contextmanager
+    def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:
+        """See :meth:`Engine.live_pass`; each micro-batch is reduced at once, so that gradients stay sharded.
+
+        FSDP fixes at its first use which parameters get gradients, so unwanted ones are computed and dropped.
+        """
+        try:
+            yield
+        finally:
+            self._reshard()
+
+    def local(self, name: str) -> Tensor:
+        """Rows of this rank."""
+        return self.to_local(self._parameters[name].detach())
+
+    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
+        """One all-gather per dtype; see :meth:`Engine.gather`."""
+        dtype = self.spec.compute_dtype
+        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+        for name, shard in shards.items():
+            shard = shard.to(dtype) if dtype and cast_first else shard
+            by_dtype[shard.dtype][name] = shard
+        full = {}
+        for group in by_dtype.values():
+            full |= gather_rows(group, self._layout, list(group), self.group)
+        return {name: t.to(dtype) for name, t in full.items()} if dtype else full
+
+    def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adjoint of the gather has summed over ranks already; divide."""
+        return {name: grad / world_size() for name, grad in gradients.items()}
+
+    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """See :meth:`Engine.full_state_dict`; gathered parameter by parameter."""
+        self._reshard()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only)
+        return get_model_state_dict(self.module, options=options)
+
+    def _reshard(self) -> None:
+        for m in self.module.modules():
+            if hasattr(m, "reshard"):  # a root that stayed gathered would hide the next change of its shards
+                m.reshard()
+
+    def to_local(self, t: Tensor) -> Tensor:
+        """See :meth:`Engine.to_local`."""
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    def from_local(self, name: str, t: Tensor) -> Tensor:
+        """See :meth:`Engine.from_local`."""
+        p = self._parameters[name]
+        return DTensor.from_local(t, self._mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)
+
+
+def find_units(module: nn.Module, class_names: Sequence[str] | None, level: str) -> list[str]:
+    """Names of the submodules to shard as a unit each.
+
+    Args:
+        module: The module to shard.
+        class_names: Class names to look for; None for the defaults that :class:`FSDP` documents.
+        level: Name for messages.
+
+    Returns:
+        Submodule names, outermost first, none nested in another.
+
+    Raises:
+        ValueError: If ``class_names`` is given and none of them occurs.
+    """
+    wanted = set(class_names or ())
+    if class_names is None:
+        for m in module.modules():
+            wanted |= set(getattr(m, "_no_split_modules", None) or ())
+    found = _outermost(n for n, m in module.named_modules() if n and type(m).__name__ in wanted)
+    if class_names is not None and not found:
+        known = sorted({type(m).__name__ for m in module.modules()})
+        raise ValueError(f"level {level!r}: no submodule has a class of units={list(class_names)}; classes here: {known}.")
+    if found:
+        return found
+    lists = [n for n, m in module.named_modules() if n and isinstance(m, nn.ModuleList)]
+    members = [f"{n}.{i}" for n in _outermost(lists) for i in range(len(module.get_submodule(n)))]
+    return [n for n in members if any(True for _ in module.get_submodule(n).parameters())]
+
+
+def _outermost(names) -> list[str]:
+    kept: list[str] = []
+    for name in names:
+        if not any(name.startswith(k + ".") for k in kept):
+            kept.append(name)
+    return kept
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def _cast_inputs(module: nn.Module, dtype: torch.dtype) -> None:
+    forward = module.forward
+
+    def forward_in_compute_dtype(*args, **kwargs):
+        args, kwargs = _cast((args, kwargs), dtype)
+        return forward(*args, **kwargs)
+
+    module.forward = forward_in_compute_dtype  # type: ignore[method-assign]
+
+
+def _broadcast_from_first_rank(module: nn.Module) -> None:
+    if world_size() > 1:
+        for t in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(t.detach(), 0)

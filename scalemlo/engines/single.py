@@ -1,0 +1,75 @@
+"""One process, whole parameters: the reference every other engine is compared with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import is_main_process, world_size
+from .base import Engine, EngineSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single(EngineSpec):
+    """One process holds the whole module.
+
+    Args:
+        dtype: ``"fp32"`` computes in the module's own dtype, ``"bf16"`` and ``"fp16"`` under autocast.
+
+    Raises:
+        ValueError: With more than one process.
+    """
+
+    def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> "SingleEngine":
+        """See :meth:`EngineSpec.wrap`."""
+        if world_size() > 1:
+            raise ValueError(
+                f"level {name!r}: engine Single runs in one process, but {world_size()} are running. "
+                "Use engine=DDP() or FSDP()."
+            )
+        return SingleEngine(module, self, name=name, device=device, units=())
+
+
+class ReplicatedEngine(Engine):
+    """What Single and DDP share: every rank holds whole parameters."""
+
+    @property
+    def group(self) -> None:
+        """Replicated vectors are not reduced."""
+
+    @cached_property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The module's parameters."""
+        return dict(self.module.named_parameters())
+
+    def local(self, name: str) -> Tensor:
+        """The whole parameter."""
+        return self.parameters[name].detach()
+
+    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
+        """Nothing to gather; autocast casts inside the operations."""
+        return dict(shards)
+
+    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """See :meth:`Engine.full_state_dict`."""
+        if not is_main_process():
+            return {}
+        names = {n for n, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = self.module.state_dict()
+        return {n: t.detach().cpu().clone() for n, t in state.items() if n in names or not trainable_only}
+
+
+class SingleEngine(ReplicatedEngine):
+    """See :class:`Single`."""
+
+    def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
+        """Call the module."""
+        with self.autocast():
+            return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+
+    def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One rank: nothing to average."""
+        return dict(gradients)

@@ -1,0 +1,71 @@
+"""Per-example next-token losses, in a form that every derivative of this project can pass through.
+
+Nothing here works in place on a differentiable tensor, branches on data or asks a tensor for its value, so the
+functions run under `torch.func.jvp`, on meta and fake tensors, and without host-device synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def token_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each next token, `-log p(token_t | tokens_<t)`.
+
+    The model is called without labels, so that no loss of its own (a batch mean, which has lost the examples) is
+    computed. `labels` may be narrower than `input_ids`: [B, L] labels belong to the last L positions. The collator
+    uses this to cut the columns in which no row has a label, and their logits are dropped before they are cast to
+    fp32, which is where the memory of a large vocabulary goes.
+
+    Args:
+        model: Anything called as `model(input_ids=..., attention_mask=..., use_cache=False)` that returns an object
+            with `logits` [B, T, V].
+        batch: `input_ids` [B, T], `labels` [B, L] with L <= T and -100 where there is none, and, unless no row is
+            padded, `attention_mask` [B, T]. Other entries are ignored.
+
+    Returns:
+        Losses [B, K] with K = min(L, T - 1), in fp32 (fp64 if the logits are fp64) and zero where there is no label;
+        and the mask [B, K] of the positions that have one.
+
+    Raises:
+        ValueError: If `labels` is wider than `input_ids` or has another batch size.
+    """
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    if labels.shape[0] != input_ids.shape[0] or labels.shape[1] > input_ids.shape[1]:
+        raise ValueError(
+            f"labels {list(labels.shape)} must be [B, L] with the B of input_ids {list(input_ids.shape)} and L at most "
+            "its T; labels of fewer positions belong to the last ones"
+        )
+    num_targets = min(labels.shape[1], input_ids.shape[1] - 1)  # the first token has no predecessor to predict it
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    logits = model(**inputs, use_cache=False).logits
+    targets = labels[:, labels.shape[1] - num_targets :]  # [B, K]
+    logits = logits[:, -num_targets - 1 : -1]  # [B, K, V]; position t predicts token t + 1
+    if logits.dtype != torch.float64:
+        logits = logits.float()  # in bf16 the per-example losses are too coarse for any difference of them
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view_as(targets), targets != IGNORE_INDEX
+
+
+def example_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean next-token cross entropy of each example over its label tokens.
+
+    `l_i = sum_t m_it * ce_it / sum_t m_it`, where m_it says that token t of example i has a label.
+
+    Args:
+        model: As in `token_losses`.
+        batch: As in `token_losses`.
+
+    Returns:
+        Losses [B], in fp32 (fp64 if the logits are fp64). An example without any label gives NaN, not a silent zero;
+        the collator refuses such a row and names it.
+    """
+    losses, mask = token_losses(model, batch)
+    return losses.sum(dim=1) / mask.sum(dim=1)

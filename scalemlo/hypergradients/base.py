@@ -1,0 +1,80 @@
+"""What an estimator of the inverse Hessian sees, and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..second_order.mixed_partial import METHODS, Method
+from ..shards import Shards
+
+
+class Status(Enum):
+    """How a solve ended."""
+
+    EXACT = "closed form, nothing was iterated"
+    CONVERGED = "reached its tolerance"
+    MAX_STEPS = "stopped at its limit of steps; try increasing it"
+
+
+@dataclass(frozen=True)
+class Result:
+    """``s(v)``, the estimate of H^-1 v, and how it was reached."""
+
+    value: Shards
+    status: Status
+    num_iterations: int = 0
+    num_hvps: int = 0
+    residual: float | None = None
+
+
+class LowerProblem(Protocol):
+    """The lower level at the current point, as an estimator sees it."""
+
+    name: str
+    optimizer: Optimizer
+
+    def weights(self) -> Shards:
+        """Its parameters."""
+
+    def gradient(self) -> tuple[Shards, float]:
+        """The gradient its next step will use, after clipping, and the factor clipping multiplied it with."""
+
+    def optimizer_state(self, name: str) -> Mapping[str, Tensor]:
+        """The optimizer's state of one parameter, tensors as local shards; empty before the first step."""
+
+    def parameter_group(self, name: str) -> Mapping[str, Any]:
+        """The optimizer's options of one parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient(ABC):
+    """How upper levels differentiate through a lower level.
+
+    With F the upper loss, L the lower loss and v = dF/dw, an upper level's gradient is
+    ``dF/dlambda - d2L/dlambda dw . s(v)``; the estimator supplies s(v), an approximation of H^-1 v.
+
+    Args:
+        mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
+            :func:`scalemlo.second_order.mixed_partial.mixed_partial`.
+
+    Raises:
+        ValueError: If ``mixed`` is unknown.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+    """Whether :meth:`solve` asks for the gradient of the next step."""
+
+    mixed: Method = "forward"
+
+    def __post_init__(self) -> None:
+        if self.mixed not in METHODS:
+            raise ValueError(f"mixed={self.mixed!r} is unknown; choose one of {list(METHODS)}.")
+
+    @abstractmethod
+    def solve(self, v: Shards, problem: LowerProblem) -> Result:
+        """Return s(v)."""

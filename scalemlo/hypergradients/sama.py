@@ -1,0 +1,50 @@
+"""SAMA: the identity, adapted to the optimizer that trains the lower level."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..shards import Shards
+from .base import Hypergradient, LowerProblem, Result, Status
+from .update_derivative import update_derivative
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAMA(Hypergradient):
+    """``s(v) = D v`` with ``D = du/dg``, the derivative of the lower optimizer's next update by its gradient.
+
+    The lower level moves by ``w <- w - u(g)``, not by a multiple of g; a fixed point of the optimizer's own update
+    brings D into the hypergradient. D is diagonal for the optimizers it knows, and is computed at the gradient the
+    next step will use, with bias correction, coupled weight decay, AMSGrad, momentum, learning rate and clipping
+    factor (held constant) as in the update itself; see :mod:`scalemlo.hypergradients.update_derivative`. Costs no
+    Hessian-vector product; holds one gradient of the lower level beside v.
+
+    Reference: Choe et al. 2023, "Making Scalable Meta Learning Practical", eq. 4-5. The nudge of the lower weights
+    along v that the paper adds is left out: weights are not changed by a hypergradient.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    def solve(self, v: Shards, problem: LowerProblem) -> Result:
+        """Return D v.
+
+        Args:
+            v: Gradient of the upper loss by the lower weights.
+            problem: The lower level.
+
+        Returns:
+            The preconditioned vector.
+        """
+        gradient, clip_factor = problem.gradient()
+        weights = problem.weights()
+        value = {}
+        for name in v:
+            value[name] = v[name] * update_derivative(
+                problem.optimizer,
+                problem.parameter_group(name),
+                problem.optimizer_state(name),
+                gradient=gradient[name],
+                weight=weights[name],
+            )
+            if clip_factor != 1.0:
+                value[name] *= clip_factor
+        return Result(Shards(value, v.group), Status.EXACT)

@@ -1,0 +1,69 @@
+"""What losses are written with: means over the global batch, and constants."""
+
+from torch import Tensor
+
+from .distributed import all_reduce_sum, world_size
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over the whole batch on all ranks, also where ranks hold different numbers of entries.
+
+    Equation: ``sum_all(values) / count_all``. The result differs by rank; its mean over ranks, which is what engines
+    optimize, is that quotient.
+
+    Args:
+        values: Any shape, usually per-example losses ``[B]``.
+
+    Returns:
+        0-dimensional tensor.
+
+    Raises:
+        ValueError: If there is no entry on this rank.
+    """
+    if values.numel() == 0:
+        raise ValueError("mean() got no value on this rank; give every rank at least one example.")
+    count = all_reduce_sum(values.new_tensor(float(values.numel())))
+    return values.sum() * world_size() / count
+
+
+def weighted_mean(losses: Tensor, weights: Tensor, *, normalize: bool = True) -> Tensor:
+    """Weighted mean of per-example losses over the whole batch on all ranks.
+
+    Equation, with sums over the examples of all ranks::
+
+        normalize=True:   sum_i w_i l_i / sum_i w_i
+        normalize=False:  sum_i w_i l_i / B
+
+    The normalised form keeps weights from drifting to zero or growing together, and is differentiated through its
+    denominator. The denominator is that of one micro-batch: under gradient accumulation use ``normalize=False`` with
+    weights that are normalised elsewhere if 8 x 1 must equal 1 x 8. The result differs by rank; its mean over ranks,
+    which is what engines optimize, is the quotient above. Sums are all-reduced (sum) over the default group.
+
+    Args:
+        losses: ``[B]``, per-example losses.
+        weights: ``[B]``, non-negative.
+        normalize: Whether to divide by the sum of the weights or by the number of examples.
+
+    Returns:
+        0-dimensional tensor.
+
+    Raises:
+        ValueError: If the shapes differ: broadcasting would silently mix examples.
+    """
+    if losses.shape != weights.shape or losses.dim() != 1:
+        raise ValueError(
+            f"weighted_mean needs losses [B] and weights [B], got {list(losses.shape)} and {list(weights.shape)}. "
+            "Squeeze the output of the weight net, for instance with .squeeze(-1)."
+        )
+    if not normalize:
+        return mean(weights * losses)
+    return (weights * losses).sum() * world_size() / all_reduce_sum(weights.sum())
+
+
+def constant(x: Tensor) -> Tensor:
+    """A constant of every derivative: the same as ``x.detach()``, said aloud.
+
+    The hypergradient is that of the update the training follows, and in that update a detached value does not move.
+    Forward derivatives stop here by construction; finite differences hold the value at the base point.
+    """
+    return x.detach()

@@ -1,0 +1,353 @@
+"""The program: levels bound to engines, and the loop that trains them."""
+
+import math
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import BatchStream
+from .distributed import any_rank, initialize, is_main_process, rank, world_size
+from .engines import DDP, Engine, EngineSpec, Single
+from .graph import LevelGraph
+from .level import Level
+from .shards import Shards
+from .tracking import History
+from .training import LevelTrainer, optimizer_parameter_names, swap_parameters
+
+Callback = Callable[["Program", dict[str, float]], None]
+"""Called after every outer iteration with the program and the record of the iteration."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or hypergradient is NaN or infinite."""
+
+
+class Program:
+    """A multilevel program.
+
+    Within one outer iteration every level steps as often as its ``unroll_steps`` say. Where an upper level steps, the
+    levels below step at the same tick, and all gradients and hypergradients of that tick are taken at one and the same
+    point, on the same batches and with the same dropout masks as the steps, before any of them is applied.
+
+    A level's gradient is the direct gradient of its loss plus, for every path of the graph through lower levels whose
+    best response it influences, the product of the hops along it (:class:`scalemlo.hypergradients.Hypergradient`);
+    sums over paths are accumulated from the bottom up, one hop per level.
+
+    Args:
+        levels: Top to bottom (see :class:`LevelGraph`).
+        engine: How modules are held, unless a level says otherwise; by default :class:`Single` in one process and
+            :class:`DDP` in several.
+        seed: Seeds shuffling and dropout. With the same seed and the same global batches, W processes follow one.
+        nonfinite: What to do when a loss, gradient or hypergradient is NaN or infinite: ``"raise"`` an error naming
+            level, step and phase, or ``"skip"`` all updates of that tick and count it in ``history.skipped``.
+        device: Device of this rank; by default the accelerator that ``LOCAL_RANK`` picks, else the CPU.
+
+    Raises:
+        ValueError: For anything that cannot work, before any training; messages name the level and the way out.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        *,
+        engine: EngineSpec | None = None,
+        seed: int = 0,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        device: torch.device | None = None,
+    ):
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
+        self.graph = LevelGraph(levels)
+        self.device = initialize(device)
+        self.nonfinite = nonfinite
+        self.history = History()
+        self.num_steps = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        default = engine or (Single() if world_size() == 1 else DDP())
+        self.trainers = self._bind(default, seed)
+        self._reached: dict[str, set[str]] = {level.name: set() for level in levels}
+        self._probed: set[str] = set()
+        self._gradients: dict[str, tuple[Shards, float]] = {}
+        self._record: dict[str, list[float]] = {}
+        self._stop = False
+
+    # ---- running -------------------------------------------------------------------------------------------------
+    def run(self, steps: int, *, callbacks: Sequence[Callback] = (), progress: bool = True) -> History:
+        """Train for some outer iterations (steps of the top levels).
+
+        Ctrl-C ends the run after the iteration in hand, on all ranks, with ``history.interrupted`` set; a second one
+        raises ``KeyboardInterrupt`` at once.
+
+        Args:
+            steps: Number of outer iterations.
+            callbacks: Called after each.
+            progress: Whether rank 0 shows a progress bar with a loss per level.
+
+        Returns:
+            The record of all iterations so far.
+
+        Raises:
+            ValueError: If ``steps`` is not a positive integer.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
+        self._stop = False
+        bar = tqdm(total=steps, disable=not (progress and is_main_process()), unit="step")
+        with bar, self._stop_on_interrupt():
+            for _ in range(steps):
+                record = self.step()
+                bar.set_postfix({n: f"{record[f'loss/{n}']:.4g}" for n in self.graph.order if f"loss/{n}" in record})
+                bar.update()
+                for callback in callbacks:
+                    callback(self, record)
+                if any_rank(self._stop):
+                    self.history.interrupted = True
+                    break
+        return self.history
+
+    def step(self) -> dict[str, float]:
+        """One outer iteration.
+
+        Returns:
+            Its record, see :class:`History`.
+        """
+        self._record = {}
+        for tick in range(1, self.graph.ticks_per_step + 1):
+            self._tick(tick)
+        self.num_steps += 1
+        record = {"step": float(self.num_steps)} | {k: sum(v) / len(v) for k, v in self._record.items()}
+        self.history.steps.append(record)
+        return record
+
+    def gradients(self) -> dict[str, Shards]:
+        """Total gradients of all levels at the last tick of an outer iteration, clipped, without taking any step.
+
+        For inspection and tests; takes the next batch of every level.
+
+        Returns:
+            One vector per level: what its optimizer would be given.
+        """
+        self._fetch(list(self.trainers.values()))
+        for trainer in self.trainers.values():
+            self._gradient(trainer)
+        gradients = {name: gradient for name, (gradient, _) in self._gradients.items()}
+        self._gradients = {}
+        return gradients
+
+    def state_dict(self, level: str, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
+        """Full tensors of a level's module on the CPU of rank 0, empty elsewhere. Collective.
+
+        Args:
+            level: Name of the level.
+            trainable_only: Whether to leave frozen parameters and buffers out.
+        """
+        return self.trainers[level].engine.full_state_dict(trainable_only=trainable_only)
+
+    # ---- one tick ------------------------------------------------------------------------------------------------
+    def _tick(self, tick: int) -> None:
+        stepping = [self.trainers[n] for n in self.graph.order if tick % self.graph.period(n) == 0]
+        self._fetch(stepping)
+        try:
+            for trainer in stepping:
+                self._gradient(trainer)
+        except _SkipTick:
+            return
+        self._check_reached(stepping)
+        for trainer in stepping:
+            with self._phase(trainer, "step"):
+                trainer.step(self._gradients.pop(trainer.name)[0])
+            self._note(f"lr/{trainer.name}", float(trainer.optimizer.param_groups[0]["lr"]))
+
+    def _fetch(self, trainers: Sequence[LevelTrainer]) -> None:
+        for trainer in trainers:
+            seed = int(torch.randint(2**48, (), generator=self._generator)) + rank()
+            with self._phase(trainer, "data"):
+                trainer.fetch(seed)
+        self._gradients = {}
+
+    def _gradient(self, trainer: LevelTrainer) -> tuple[Shards, float]:
+        """The clipped total gradient of a level at this tick, computed once, and its clipping factor."""
+        name = trainer.name
+        if name not in self._gradients:
+            through = self.graph.depends_on_best_responses(name)
+            loss, total = self._hypergradient(trainer) if through else self._plain_gradient(trainer)
+            clipped, factor, norm = trainer.clip(total)
+            self._check_finite(norm, trainer, "hypergradient" if through else "gradient")
+            trainer.scaler.update(overflowed=False)
+            self._note(f"loss/{name}", loss)
+            self._note(f"gradient_norm/{name}", norm)
+            self._gradients[name] = clipped, factor
+        return self._gradients[name]
+
+    def _plain_gradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
+        probe = self._to_probe(trainer)
+        with self._phase(trainer, "gradient"):
+            result = trainer.compute_gradient([trainer], probe)
+        self._check_finite(result.loss, trainer, "loss")
+        self._note_reached(trainer, result.reached)
+        missing = [n for n in trainer.block.names if n not in result.reached[trainer.name]]
+        if missing and not trainer.level.allow_unused:
+            raise ValueError(
+                f"level {trainer.name!r}: its loss gives no gradient to {missing[:5]} ({len(missing)} parameter(s)). "
+                "Freeze them with requires_grad_(False), select others with `parameters`, or set allow_unused=True "
+                "where some batches leave parameters out."
+            )
+        return result.loss, result.gradients[trainer.name]
+
+    def _hypergradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
+        """Reverse accumulation over the levels below: each is solved once, whatever the number of paths."""
+        name = trainer.name
+        dependent = [n for n in self.graph.order if name in self.graph.ancestors(n)]
+        wanted = [trainer, *(self.trainers[n] for n in self.graph.lowers(name) if n in dependent)]
+        for lower in (self.trainers[n] for n in dependent):
+            if lower.estimator.needs_gradient:
+                self._gradient(lower)
+        with self._phase(trainer, "direct gradient"):
+            result = trainer.compute_gradient(wanted, self._to_probe(trainer))
+        self._check_finite(result.loss, trainer, "loss")
+        self._note_reached(trainer, result.reached)
+        adjoints = result.gradients
+        for lower_name in reversed(dependent):
+            v = adjoints.pop(lower_name, None)
+            targets = [n for n in self.graph.uppers(lower_name) if n == name or n in dependent]
+            if v is None or not targets:
+                continue
+            lower = self.trainers[lower_name]
+            with self._phase(lower, "solve"):
+                solution = lower.estimator.solve(v, lower).value
+            del v
+            with self._phase(lower, "mixed partial"):
+                mixed = lower.compute_mixed(solution, [self.trainers[n] for n in targets])
+            for target, product in mixed.items():
+                adjoints[target] = adjoints[target].add_(product, alpha=-1.0) if target in adjoints else -product
+        return result.loss, adjoints[name]
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+    def _to_probe(self, trainer: LevelTrainer) -> list[LevelTrainer]:
+        """At a level's first gradient: the upper levels it reads, to note which of their parameters it reaches."""
+        if trainer.name in self._probed:
+            return []
+        self._probed.add(trainer.name)
+        return [self.trainers[n] for n in self.graph.uppers(trainer.name)]
+
+    def _note_reached(self, trainer: LevelTrainer, reached: dict[str, set[str]]) -> None:
+        for name, parameters in reached.items():
+            if name == trainer.name or name in self.graph.uppers(trainer.name):
+                self._reached[name] |= parameters
+
+    def _check_reached(self, stepping: Sequence[LevelTrainer]) -> None:
+        for trainer in stepping:
+            missing = [n for n in trainer.block.names if n not in self._reached[trainer.name]]
+            if missing and not trainer.level.allow_unused and trainer.num_steps == 0:
+                raise ValueError(
+                    f"level {trainer.name!r}: no loss reaches {missing[:5]} ({len(missing)} parameter(s)): neither its own "
+                    "nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? Otherwise "
+                    "freeze them with requires_grad_(False), or select others with `parameters`."
+                )
+
+    def _check_finite(self, value: float, trainer: LevelTrainer, phase: str) -> None:
+        if math.isfinite(value):
+            return
+        if trainer.scaler.enabled and phase != "loss":  # fp16 overflow: part of dynamic loss scaling, not an error
+            trainer.scaler.update(overflowed=True)
+            raise _SkipTick
+        if self.nonfinite == "skip":
+            key = f"{trainer.name}/{phase}"
+            self.history.skipped[key] = self.history.skipped.get(key, 0) + 1
+            raise _SkipTick
+        raise NonFiniteError(
+            f"level {trainer.name!r}, step {trainer.num_steps + 1} (outer step {self.num_steps + 1}), phase {phase!r}: "
+            f"the {phase} is {value}. Lower the learning rate, set max_grad_norm, or use nonfinite='skip' to leave such "
+            "updates out."
+        )
+
+    # ---- set-up --------------------------------------------------------------------------------------------------
+    def _bind(self, default: EngineSpec, seed: int) -> dict[str, LevelTrainer]:
+        levels = self.graph.levels
+        names = {level.name: level.owned_parameters() for level in levels}
+        by_module: dict[int, list[Level]] = {}
+        for level in levels:
+            by_module.setdefault(id(level._module), []).append(level)
+        _check_modules_are_disjoint([group[0] for group in by_module.values()])
+        held = {level.name: optimizer_parameter_names(level, names[level.name]) for level in levels}
+        engines = {key: self._wrap(group, names, default) for key, group in by_module.items()}
+        trainers = {}
+        for level in levels:
+            engine = engines[id(level._module)]
+            if held[level.name]:
+                swap_parameters(level.optimizer, held[level.name], engine.parameters)  # type: ignore[arg-type]
+            stream = None
+            if self.graph.reads_batch(level.name):
+                shuffle_seed = seed + zlib.crc32(level.name.encode())
+                stream = BatchStream(level.data, level=level.name, device=self.device, seed=shuffle_seed)  # type: ignore[arg-type]
+            trainers[level.name] = LevelTrainer(level, engine, names[level.name], stream)
+        for trainer in trainers.values():
+            trainer.others = {n: trainers[n] for n in self.graph.reads(trainer.name)}
+            trainer.gradient = lambda trainer=trainer: self._gradient(trainer)
+        return trainers
+
+    def _wrap(self, levels: list[Level], names: dict[str, list[str]], default: EngineSpec) -> Engine:
+        specs = {level.engine or default for level in levels}
+        label = " and ".join(repr(level.name) for level in levels)
+        if len(specs) > 1:
+            raise ValueError(f"levels {label} share one module, so they need one engine; got {sorted(map(repr, specs))}.")
+        owner: dict[str, str] = {}
+        for level in levels:
+            for name in names[level.name]:
+                if name in owner:
+                    raise ValueError(f"levels {owner[name]!r} and {level.name!r} both own the parameter {name!r}.")
+                owner[name] = level.name
+        module = levels[0]._module
+        for name, parameter in module.named_parameters():
+            if name not in owner:
+                parameter.requires_grad_(False)
+        may_skip = len(levels) > 1 or any(level.allow_unused for level in levels)
+        spec = specs.pop()
+        return spec.wrap(module, name=label.strip("'"), device=self.device, may_skip_parameters=may_skip)
+
+    # ---- small things ----------------------------------------------------------------------------------------------
+    def _phase(self, trainer: LevelTrainer, name: str):
+        return self.history.phase(trainer.name, name, self.device)
+
+    def _note(self, key: str, value: float) -> None:
+        self._record.setdefault(key, []).append(value)
+
+    @contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handler(signum: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        previous = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class _SkipTick(Exception):
+    """Leave this tick's updates out."""
+
+
+def _check_modules_are_disjoint(levels: Sequence[Level]) -> None:
+    owner: dict[int, tuple[str, nn.Module]] = {}
+    for level in levels:
+        for name, parameter in level._module.named_parameters():
+            if id(parameter) in owner:
+                raise ValueError(
+                    f"levels {owner[id(parameter)][0]!r} and {level.name!r} have different modules that share the "
+                    f"parameter {name!r}. Give both levels the same module and divide it with `parameters`."
+                )
+        owner |= {id(p): (level.name, level._module) for p in level._module.parameters()}

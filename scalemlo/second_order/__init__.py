@@ -1,0 +1,1 @@
+"""Derivatives of sharded modules that no training framework computes."""

@@ -1,0 +1,147 @@
+"""A hook-free copy of a module's structure whose weights are lent to it, unit by unit, while it runs.
+
+The live module belongs to its engine: its parameters are sharded, hooked and in the optimizer. Derivatives that no
+stock engine computes run on the skeleton instead: the same forward code, parameters on the meta device, and, while a
+unit (a block, or what is left at the root) is executing, whatever tensors the caller lends it: gathered weights,
+perturbed weights, dual numbers. Nothing is ever written to the live weights, so they are bit-identical afterwards by
+construction.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+Lender = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Given canonical parameter names, returns the full tensors to compute with."""
+
+
+@dataclass
+class Unit:
+    """The parameters that are lent together, for the duration of one module's forward."""
+
+    name: str
+    slots: list[tuple[nn.Module, str, str]] = field(default_factory=list)  # (owner, attribute, canonical name)
+    depth: int = 0  # > 0 while lent
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical parameter names, each once (tied parameters share one)."""
+        return list(dict.fromkeys(name for _, _, name in self.slots))
+
+
+class Skeleton:
+    """See the module's docstring.
+
+    Args:
+        module: The live module, before an engine wraps it.
+        unit_names: Names of the submodules that form a unit each; parameters outside all of them form the root's unit.
+
+    Raises:
+        ValueError: If the module cannot be copied, or a unit is nested in another.
+    """
+
+    def __init__(self, module: nn.Module, unit_names: Sequence[str] = ()):
+        self._live = module
+        self.module = _structure(module)
+        canonical = {id(p): name for name, p in module.named_parameters()}
+        names = {name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+        self.units = [Unit("")] + [Unit(name) for name in unit_names]
+        claimed: dict[int, str] = {}
+        for unit in reversed(self.units):  # the root takes what the others left
+            for prefix, owner in self.module.get_submodule(unit.name).named_modules(prefix=unit.name):
+                if id(owner) in claimed:
+                    if unit.name:
+                        raise ValueError(f"unit {unit.name!r} contains unit {claimed[id(owner)]!r}; units must not nest")
+                    continue
+                claimed[id(owner)] = unit.name
+                for attribute in owner._parameters:
+                    if owner._parameters[attribute] is not None:
+                        full_name = f"{prefix}.{attribute}" if prefix else attribute
+                        unit.slots.append((owner, attribute, names[full_name]))
+        for unit in self.units[1:]:
+            _lend_around_forward(self, unit)
+        self._lender: Lender | None = None
+        self._buffers = [
+            (owner, attribute, prefix)
+            for prefix, owner in self.module.named_modules()
+            for attribute, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+
+    @contextmanager
+    def lent(self, lender: Lender) -> Iterator[None]:
+        """While inside, calls of the skeleton compute with what ``lender`` gives.
+
+        Buffers are copies of the live ones, so that running statistics of the live module stay as they are; train and
+        eval modes follow the live module.
+        """
+        assert self._lender is None, "the skeleton is already in use"
+        for skeleton, live in zip(self.module.modules(), self._live.modules(), strict=True):
+            skeleton.training = live.training
+        for owner, attribute, prefix in self._buffers:
+            owner._buffers[attribute] = self._live.get_submodule(prefix)._buffers[attribute].clone()
+        self._lender = lender
+        try:
+            yield
+        finally:
+            self._lender = None
+
+    def call(self, method: str, args: tuple, kwargs: dict) -> object:
+        """Run a method of the root module (``"forward"`` or any other) with the lent weights."""
+        with self.borrowed(self.units[0]):
+            bound = self.module if method == "forward" else getattr(self.module, method)
+            return bound(*args, **kwargs)
+
+    @contextmanager
+    def borrowed(self, unit: Unit) -> Iterator[None]:
+        """Put the lent tensors of one unit in place for the duration."""
+        assert self._lender is not None, "a skeleton runs only inside `lent`"
+        if unit.depth == 0 and unit.slots:
+            tensors = self._lender(unit.names)
+            placeholders = [owner._parameters[attribute] for owner, attribute, _ in unit.slots]
+            for owner, attribute, name in unit.slots:
+                owner._parameters[attribute] = tensors[name]  # type: ignore[assignment]  # not an nn.Parameter, on purpose
+            del tensors
+        unit.depth += 1
+        try:
+            yield
+        finally:
+            unit.depth -= 1
+            if unit.depth == 0 and unit.slots:
+                for (owner, attribute, _), placeholder in zip(unit.slots, placeholders, strict=True):
+                    owner._parameters[attribute] = placeholder
+
+
+def _structure(module: nn.Module) -> nn.Module:
+    """Deep copy with every parameter on the meta device; no weight is copied, buffers are shared."""
+    memo: dict[int, object] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in module.buffers():
+        memo[id(b)] = b
+    try:
+        structure = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be deep-copied, which exact derivatives need ({error}). Keep locks, open "
+            "files and process groups out of the module's attributes."
+        ) from error
+    for m in structure.modules():
+        if getattr(m, "gradient_checkpointing", False):  # torch.utils.checkpoint fails inside torch.func
+            m.gradient_checkpointing = False
+    return structure
+
+
+def _lend_around_forward(skeleton: Skeleton, unit: Unit) -> None:
+    module = skeleton.module.get_submodule(unit.name)
+    forward = module.forward
+
+    def forward_with_lent_weights(*args, **kwargs):
+        with skeleton.borrowed(unit):
+            return forward(*args, **kwargs)
+
+    module.forward = forward_with_lent_weights  # type: ignore[method-assign]

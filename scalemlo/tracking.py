@@ -1,0 +1,106 @@
+"""What a run measures: losses per step, seconds and bytes per phase."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+@dataclass
+class PhaseStats:
+    """Time and memory of one phase of one level, summed over a run."""
+
+    num_calls: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def as_row(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {
+            "num_calls": self.num_calls,
+            "wall_seconds": round(self.wall_seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass
+class History:
+    """Record of a run, on every rank.
+
+    Attributes:
+        steps: One dict per outer iteration: ``step``, and per level ``loss/<name>``, ``gradient_norm/<name>`` (means over
+            the iteration; the norm before clipping), ``lr/<name>``.
+        phases: Statistics by ``"<level>/<phase>"``.
+        skipped: Number of skipped updates by ``"<level>/<phase>"`` where a value was not finite.
+        interrupted: Whether Ctrl-C ended the run early.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    phases: dict[str, PhaseStats] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def column(self, key: str) -> list[float]:
+        """One value per outer iteration, for those that have it."""
+        return [row[key] for row in self.steps if key in row]
+
+    @contextmanager
+    def phase(self, level: str, name: str, device: torch.device) -> Iterator[None]:
+        """Time a phase and note its peak memory (allocated on the device; resident of the process on CPU)."""
+        stats = self.phases.setdefault(f"{level}/{name}", PhaseStats())
+        reset_peak_bytes(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            stats.num_calls += 1
+            stats.wall_seconds += time.perf_counter() - wall
+            stats.cpu_seconds += time.process_time() - cpu
+            stats.peak_bytes = max(stats.peak_bytes, peak_bytes(device))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``history.csv`` (one row per step) and ``phases.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = list(dict.fromkeys(key for row in self.steps for key in row))
+        with open(folder / "history.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, keys)
+            writer.writeheader()
+            writer.writerows(self.steps)
+        summary: dict[str, Any] = {name: stats.as_row() for name, stats in self.phases.items()}
+        (folder / "phases.json").write_text(json.dumps({"phases": summary, "skipped": self.skipped}, indent=2))
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Start a new measurement of peak memory, where the system allows it."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # resets VmHWM; see proc(5)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since :func:`reset_peak_bytes`: allocated on a device, resident on the CPU.
+
+    Where the peak of a process cannot be read (not Linux), the bytes resident now.
+    """
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return psutil.Process().memory_info().rss

@@ -1,0 +1,244 @@
+"""One level in a running program: its batches, gradients, mixed partials and steps."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from .data import BatchStream
+from .distributed import all_reduce_mean_
+from .engines import Engine, ModuleView
+from .engines.base import ParameterBlock
+from .hypergradients import Hypergradient, Identity
+from .level import Level, check_loss
+from .precision import LossScaler
+from .rng import seeded
+from .second_order.mixed_partial import mixed_partial
+from .shards import Shards
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """The loss of a level (mean over micro-batches and ranks) and its gradients by level name."""
+
+    loss: float
+    gradients: dict[str, Shards]
+    reached: dict[str, set[str]]  # level name -> its parameters that the loss reaches; only of levels that were probed
+
+
+class LevelTrainer:
+    """Binds a :class:`Level` to its engine, optimizer and data.
+
+    Args:
+        level: The definition.
+        engine: Owns the level's module.
+        names: Canonical names of the parameters the level trains.
+        stream: Its batches; None where the loss reads none.
+    """
+
+    def __init__(self, level: Level, engine: Engine, names: Sequence[str], stream: BatchStream | None):
+        self.level, self.name, self.engine, self.stream = level, level.name, engine, stream
+        self.block = ParameterBlock(engine, tuple(names))
+        self.view = ModuleView(engine)
+        self.others: dict[str, LevelTrainer] = {}
+        self.optimizer = _bind_optimizer(level, self.block)
+        self.scheduler = _bind_scheduler(level, self.optimizer)
+        self.estimator: Hypergradient = level.hypergradient or Identity()
+        self.scaler = LossScaler.for_dtype(engine.spec.dtype)
+        self.num_steps = 0
+        self.batches: list[Any] = []
+        self._seed = 0
+        self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+
+    # ---- LowerProblem: what an estimator may ask -----------------------------------------------------------------
+    gradient: Callable[[], tuple[Shards, float]]
+    """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
+
+    def weights(self) -> Shards:
+        """Local weights of the level."""
+        return self.block.shards()
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        """State of one parameter as local shards."""
+        state = self.optimizer.state.get(self.engine.parameters[name], {})
+        return {key: self.engine.to_local(t) if isinstance(t, Tensor) else t for key, t in state.items()}
+
+    def parameter_group(self, name: str) -> Mapping[str, Any]:
+        """The parameter group that holds a parameter."""
+        return self._groups[id(self.engine.parameters[name])]
+
+    # ---- passes --------------------------------------------------------------------------------------------------
+    def fetch(self, seed: int) -> None:
+        """Take the batches of the next step.
+
+        Args:
+            seed: Every pass until the next fetch draws its random numbers (dropout masks) from it, micro-batch after
+                micro-batch, so that the hypergradient is that of the very loss the step follows. Differs by rank.
+        """
+        self.batches = (
+            [self.stream.next() for _ in range(self.level.gradient_accumulation_steps)] if self.stream else [None]
+        )
+        self._seed = seed
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """This rank's loss on one micro-batch, modules seen through their views."""
+        views = {name: other.view for name, other in self.others.items()}
+        arguments = {"batch": batch, **views} if self.stream else views
+        self.level._view = self.view
+        try:
+            return check_loss(self.level.loss(**arguments), self.name)
+        finally:
+            self.level._view = None
+
+    def compute_gradient(self, wanted: Sequence["LevelTrainer"], probe: Sequence["LevelTrainer"] = ()) -> GradientResult:
+        """Gradient of this level's loss by the parameters of some levels, without a step.
+
+        Args:
+            wanted: Levels whose gradients are returned (mean over ranks and micro-batches).
+            probe: Levels for which it is only noted which of their parameters the loss reaches.
+
+        Returns:
+            Loss, gradients, reached parameters.
+
+        """
+        engines = self._engines()
+        kept = {t.engine for t in (*wanted, *probe)}
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        with seeded(self._seed, self.engine.device):
+            for i, batch in enumerate(self.batches):
+                with ExitStack() as stack:
+                    for engine in engines:
+                        last = i == len(self.batches) - 1
+                        stack.enter_context(engine.live_pass(wanted=engine in kept, last=last))
+                    loss = self.evaluate(batch)
+                    if loss.requires_grad:
+                        (loss * (self.scaler.scale / len(self.batches))).backward()
+                total += loss.detach() / len(self.batches)
+        reached, gradients = {}, {}
+        for trainer in (*wanted, *probe):
+            taken = trainer.engine.take_gradients(trainer.block.names)
+            reached[trainer.name] = {n for n, g in taken.items() if g is not None}
+            if trainer in wanted:
+                gradients[trainer.name] = trainer.block.vector(taken)
+                if self.scaler.scale != 1.0:
+                    gradients[trainer.name].mul_(1 / self.scaler.scale)
+        for engine in engines:
+            engine.clear_gradients()
+        return GradientResult(float(all_reduce_mean_(total)), gradients, reached)
+
+    def compute_mixed(self, v: Shards, uppers: Sequence["LevelTrainer"]) -> dict[str, Shards]:
+        """``d/dlambda <dL/dw, v>`` for several upper levels: mean over all micro-batches and ranks, same masks."""
+        total: dict[str, Shards] = {}
+        blocks = {t.name: t.block for t in uppers}
+        scale = 1.0
+        if self.scaler.enabled:  # tangents of the size of the weights stay clear of fp16's underflow
+            scale = float(self.weights().norm() / v.norm().clamp_min(1e-30))
+            v = v * scale
+        with seeded(self._seed, self.engine.device):
+            for batch in self.batches:
+                part = mixed_partial(
+                    lambda batch=batch: self.evaluate(batch),
+                    self._engines(),
+                    self.block,
+                    v,
+                    blocks,
+                    self.estimator.mixed,
+                )
+                total = {k: total[k].add_(x) for k, x in part.items()} if total else part
+        return {k: x.mul_(1 / (scale * len(self.batches))) for k, x in total.items()}
+
+    def clip(self, gradient: Shards) -> tuple[Shards, float, float]:
+        """Scale a gradient to the level's ``max_grad_norm``.
+
+        Returns:
+            The gradient (scaled in place), the factor it was multiplied with, and its norm before.
+        """
+        norm = float(gradient.norm())
+        limit = self.level.max_grad_norm
+        factor = min(1.0, limit / (norm + 1e-6)) if limit is not None else 1.0
+        return (gradient.mul_(factor) if factor < 1.0 else gradient), factor, norm
+
+    def step(self, gradient: Shards) -> None:
+        """One step of the optimizer and of the learning-rate scheduler."""
+        self.engine.put_gradients(gradient)
+        self.optimizer.step()
+        self.engine.clear_gradients()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.num_steps += 1
+
+    def _engines(self) -> list[Engine]:
+        return list(dict.fromkeys([self.engine, *(t.engine for t in self.others.values())]))
+
+
+def _bind_optimizer(level: Level, block: ParameterBlock) -> Optimizer:
+    """The user's optimizer over the engine's parameters; an instance keeps its groups, options and order."""
+    parameters = {name: block.engine.parameters[name] for name in block.names}
+    if not isinstance(level.optimizer, Optimizer):
+        optimizer = level.optimizer(list(parameters.values()))
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"level {level.name!r}: optimizer(...) returned {type(optimizer).__name__}, no optimizer.")
+        return optimizer
+    return level.optimizer
+
+
+def _bind_scheduler(level: Level, optimizer: Optimizer) -> LRScheduler | None:
+    scheduler = level.scheduler
+    if scheduler is None:
+        return None
+    if not isinstance(scheduler, LRScheduler):
+        scheduler = scheduler(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau) or "metrics" in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"level {level.name!r}: {type(scheduler).__name__} needs a metric; step it in a callback.")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(f"level {level.name!r}: the scheduler belongs to another optimizer than the level's.")
+    return scheduler
+
+
+def optimizer_parameter_names(level: Level, names: Sequence[str]) -> dict[int, str]:
+    """Check that an optimizer instance holds exactly a level's parameters.
+
+    Args:
+        level: The level, before its module is wrapped.
+        names: Canonical names of its parameters.
+
+    Returns:
+        Name by ``id`` of the parameter object in the optimizer; empty for an optimizer that is yet to be made.
+
+    Raises:
+        ValueError: Naming what is missing or foreign.
+    """
+    if not isinstance(level.optimizer, Optimizer):
+        return {}
+    parameters = dict(level._module.named_parameters())
+    by_id = {id(parameters[n]): n for n in names}
+    held = {id(p) for group in level.optimizer.param_groups for p in group["params"]}
+    missing = [n for i, n in by_id.items() if i not in held]
+    foreign = len(held - set(by_id))
+    if missing or foreign:
+        raise ValueError(
+            f"level {level.name!r}: its optimizer must hold exactly the level's parameters; it lacks {missing[:5]} "
+            f"({len(missing)} in all) and holds {foreign} that are not the level's. Build it from the parameters of the "
+            "module that have requires_grad=True (and match `parameters`)."
+        )
+    if level.optimizer.state:
+        raise ValueError(f"level {level.name!r}: its optimizer has stepped already; give a fresh one.")
+    return by_id
+
+
+def swap_parameters(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, Any]) -> None:
+    """Put an engine's parameters in the place of the originals in an optimizer's groups.
+
+    Args:
+        optimizer: Changed in place; groups, options and order stay.
+        names: Name by ``id`` of the original, from :func:`optimizer_parameter_names`.
+        parameters: The engine's parameters by name.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [parameters[names[id(p)]] for p in group["params"]]
