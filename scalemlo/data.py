@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from .distributed import rank, world_size
 
@@ -32,10 +32,11 @@ class BatchStream:
         self._level, self._device = level, device
         self._sliced = True
         self._data = data
+        self._samplers = _samplers(data)
         if isinstance(data, DataLoader):
             _check_length(data, level)
             _seed_shuffling(data, seed)
-            if isinstance(data.sampler, DistributedSampler):
+            if any(isinstance(sampler, DistributedSampler) for sampler in self._samplers):
                 self._sliced = False
             elif world_size() > 1 and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
                 self._data, self._sliced = _rank_loader(data, level), False
@@ -44,11 +45,7 @@ class BatchStream:
         self.num_batches = 0
 
     def next(self) -> Any:
-        """The next batch of this rank.
-
-        Raises:
-            ValueError: If the data is empty or exhausted, or a batch is smaller than the number of ranks.
-        """
+        """The next batch of this rank; a ``ValueError`` where the data is empty, exhausted or cannot be split."""
         batch = self._next_global()
         if self._sliced and world_size() > 1:
             batch = _take_part(batch, self._level)
@@ -59,8 +56,9 @@ class BatchStream:
         for _ in range(2):
             if self._iterator is None:
                 self.epoch += 1
-                if hasattr(getattr(self._data, "sampler", None), "set_epoch"):
-                    self._data.sampler.set_epoch(self.epoch)  # type: ignore[attr-defined]
+                for sampler in self._samplers:
+                    if hasattr(sampler, "set_epoch"):
+                        sampler.set_epoch(self.epoch)
                 self._iterator = iter(self._data)
             try:
                 return next(self._iterator)
@@ -100,6 +98,8 @@ def batch_size(batch: Any) -> int | None:
 def _take_part(batch: Any, level: str) -> Any:
     size = batch_size(batch)
     if size is None:
+        size = _num_texts(batch)
+    if size is None:
         return batch
     part = _part(size, level)
 
@@ -108,13 +108,27 @@ def _take_part(batch: Any, level: str) -> Any:
             return value[part] if value.dim() and value.shape[0] == size else value
         if isinstance(value, Mapping):
             return _rebuilt(value, {key: take(item) for key, item in value.items()})
-        if isinstance(value, list) and len(value) == size and not any(isinstance(item, Tensor) for item in value):
+        if type(value) in (list, tuple) and len(value) == size and not _has_tensor(value):
             return value[part]  # one entry per example: texts, identifiers
         if isinstance(value, (tuple, list)):
             return _rebuilt(value, [take(item) for item in value])
         return value
 
     return take(batch)
+
+
+def _has_tensor(batch: Any) -> bool:
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return bool(found)
+
+
+def _num_texts(batch: Any) -> int | None:
+    """Length of the first list of strings in a batch; None if there is none."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(item, str) for item in batch):
+        return len(batch)
+    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((n for n in map(_num_texts, inner) if n is not None), None)
 
 
 def _part(size: int, level: str) -> slice:
@@ -179,9 +193,18 @@ def _check_length(loader: DataLoader, level: str) -> None:
         )
 
 
+def _samplers(data: Any) -> list[Any]:
+    """The samplers of a loader, also one inside a batch sampler."""
+    if not isinstance(data, DataLoader):
+        return []
+    found = (data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
 def _seed_shuffling(loader: DataLoader, seed: int) -> None:
     """Keep shuffling out of the global generator: ranks must agree, and dropout must not depend on the data."""
     if loader.generator is None:
         loader.generator = torch.Generator().manual_seed(seed)
-    if isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is None:
-        loader.sampler.generator = torch.Generator().manual_seed(seed)
+    for sampler in _samplers(loader):
+        if getattr(sampler, "generator", loader) is None:  # RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+            sampler.generator = torch.Generator().manual_seed(seed)

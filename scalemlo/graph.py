@@ -35,7 +35,9 @@ class LevelGraph:
         self._levels = {level.name: level for level in levels}
         if len(self._levels) < len(levels):
             names = [level.name for level in levels]
-            raise ValueError(f"level names must differ; twice there: {sorted({n for n in names if names.count(n) > 1})}.")
+            raise ValueError(
+                f"level names must differ; twice there: {sorted({n for n in names if names.count(n) > 1})}."
+            )
         self._reads_batch: dict[str, bool] = {}
         self._uppers: dict[str, list[str]] = {name: [] for name in self._levels}
         self._lowers: dict[str, list[str]] = {name: [] for name in self._levels}
@@ -133,8 +135,8 @@ class LevelGraph:
         except CycleError as error:
             cycle = " above ".join(error.args[1])
             raise ValueError(
-                f"the levels stand above each other in a circle: {cycle}. Check the annotations Upper and Lower of their "
-                "losses."
+                f"the levels stand above each other in a circle: {cycle}. Check the annotations Upper and Lower "
+                "of their losses."
             ) from None
 
     def _check_everyone_is_read(self) -> None:
@@ -158,7 +160,7 @@ class LevelGraph:
             above = [n for n in self.order if level.name in self.below(n)]
             if level.unroll_steps > 1 and not above:
                 raise ValueError(
-                    f"level {level.name!r}: unroll_steps={level.unroll_steps} has no effect, since no level stands above."
+                    f"level {level.name!r}: unroll_steps={level.unroll_steps} has no effect: no level stands above."
                 )
             if self._reads_batch[level.name] and level.data is None:
                 raise ValueError(f"level {level.name!r}: loss reads a batch, but data is None.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ class Level:
         engine: "EngineSpec | None" = None,
         allow_unused: bool = False,
     ):
-        if not name.isidentifier() or name in ("self", "batch"):
+        if not name.isidentifier() or iskeyword(name) or name in ("self", "batch"):
             raise ValueError(f"level name {name!r} must be a Python identifier other than 'self' and 'batch'.")
         if not isinstance(module, nn.Module):
             raise ValueError(f"level {name!r}: module must be a torch.nn.Module, got {type(module).__name__}.")

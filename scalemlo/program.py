@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .data import BatchStream
 from .distributed import any_rank, initialize, is_main_process, rank, world_size
-from .engines import DDP, Engine, EngineSpec, Single
+from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
 from .level import Level
 from .shards import Shards
@@ -98,7 +98,7 @@ class Program:
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
-        self._stop = False
+        self._stop = self.history.interrupted = False
         bar = tqdm(total=steps, disable=not (progress and is_main_process()), unit="step")
         with bar, self._stop_on_interrupt():
             for _ in range(steps):
@@ -133,13 +133,38 @@ class Program:
 
         Returns:
             One vector per level: what its optimizer would be given.
+
+        Raises:
+            NonFiniteError: If a value is NaN or infinite, also under ``nonfinite="skip"``: there is no step to skip.
         """
         self._fetch(list(self.trainers.values()))
-        for trainer in self.trainers.values():
-            self._gradient(trainer)
+        try:
+            for trainer in self.trainers.values():
+                self._gradient(trainer)
+        except _SkipTick as skip:
+            raise NonFiniteError(str(skip)) from None
         gradients = {name: gradient for name, (gradient, _) in self._gradients.items()}
         self._gradients = {}
         return gradients
+
+    @contextmanager
+    def inference(self, level: str) -> Iterator[ModuleView]:
+        """A level's module for evaluation: eval mode, no gradients. Collective where the engine shards.
+
+        Args:
+            level: Name of the level.
+
+        Yields:
+            A view to call as a loss would; every rank must call it equally often.
+        """
+        engine = self.trainers[level].engine
+        training = engine.module.training
+        engine.module.eval()
+        try:
+            with torch.no_grad(), engine.live_pass(wanted=False, last=True):
+                yield self.trainers[level].view
+        finally:
+            engine.module.train(training)
 
     def state_dict(self, level: str, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
         """Full tensors of a level's module on the CPU of rank 0, empty elsewhere. Collective.
@@ -157,7 +182,9 @@ class Program:
         try:
             for trainer in stepping:
                 self._gradient(trainer)
-        except _SkipTick:
+        except _SkipTick as skip:
+            if skip.key is not None:
+                self.history.skipped[skip.key] = self.history.skipped.get(skip.key, 0) + 1
             return
         self._check_reached(stepping)
         for trainer in stepping:
@@ -179,6 +206,8 @@ class Program:
             through = self.graph.depends_on_best_responses(name)
             loss, total = self._hypergradient(trainer) if through else self._plain_gradient(trainer)
             clipped, factor, norm = trainer.clip(total)
+            if through and not math.isfinite(norm):
+                self._blame_lower(name)
             self._check_finite(norm, trainer, "hypergradient" if through else "gradient")
             trainer.scaler.update(overflowed=False)
             self._note(f"loss/{name}", loss)
@@ -190,8 +219,8 @@ class Program:
         probe = self._to_probe(trainer)
         with self._phase(trainer, "gradient"):
             result = trainer.compute_gradient([trainer], probe)
+        self._note_reached(trainer, result.reached)  # also of a step that is skipped: levels are probed once
         self._check_finite(result.loss, trainer, "loss")
-        self._note_reached(trainer, result.reached)
         missing = [n for n in trainer.block.names if n not in result.reached[trainer.name]]
         if missing and not trainer.level.allow_unused:
             raise ValueError(
@@ -211,8 +240,8 @@ class Program:
                 self._gradient(lower)
         with self._phase(trainer, "direct gradient"):
             result = trainer.compute_gradient(wanted, self._to_probe(trainer))
-        self._check_finite(result.loss, trainer, "loss")
         self._note_reached(trainer, result.reached)
+        self._check_finite(result.loss, trainer, "loss")
         adjoints = result.gradients
         for lower_name in reversed(dependent):
             v = adjoints.pop(lower_name, None)
@@ -247,26 +276,31 @@ class Program:
             missing = [n for n in trainer.block.names if n not in self._reached[trainer.name]]
             if missing and not trainer.level.allow_unused and trainer.num_steps == 0:
                 raise ValueError(
-                    f"level {trainer.name!r}: no loss reaches {missing[:5]} ({len(missing)} parameter(s)): neither its own "
-                    "nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? Otherwise "
+                    f"level {trainer.name!r}: no loss reaches {missing[:5]} ({len(missing)} parameter(s)): neither its "
+                    "own nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? If not, "
                     "freeze them with requires_grad_(False), or select others with `parameters`."
                 )
+
+    def _blame_lower(self, name: str) -> None:
+        """Name the lower level whose own loss or gradient is not finite, where that is why a hypergradient is not."""
+        for other in self.graph.order:
+            if name in self.graph.ancestors(other):
+                self._gradient(self.trainers[other])
 
     def _check_finite(self, value: float, trainer: LevelTrainer, phase: str) -> None:
         if math.isfinite(value):
             return
+        message = (
+            f"level {trainer.name!r}, step {trainer.num_steps + 1} (outer step {self.num_steps + 1}), phase {phase!r}: "
+            f"the {phase} is {value}. Lower the learning rate, set max_grad_norm, or use nonfinite='skip' to leave "
+            "such updates out."
+        )
         if trainer.scaler.enabled and phase != "loss":  # fp16 overflow: part of dynamic loss scaling, not an error
             trainer.scaler.update(overflowed=True)
-            raise _SkipTick
+            raise _SkipTick(message, key=None)
         if self.nonfinite == "skip":
-            key = f"{trainer.name}/{phase}"
-            self.history.skipped[key] = self.history.skipped.get(key, 0) + 1
-            raise _SkipTick
-        raise NonFiniteError(
-            f"level {trainer.name!r}, step {trainer.num_steps + 1} (outer step {self.num_steps + 1}), phase {phase!r}: "
-            f"the {phase} is {value}. Lower the learning rate, set max_grad_norm, or use nonfinite='skip' to leave such "
-            "updates out."
-        )
+            raise _SkipTick(message, key=f"{trainer.name}/{phase}")
+        raise NonFiniteError(message)
 
     # ---- set-up --------------------------------------------------------------------------------------------------
     def _bind(self, default: EngineSpec, seed: int) -> dict[str, LevelTrainer]:
@@ -297,7 +331,9 @@ class Program:
         specs = {level.engine or default for level in levels}
         label = " and ".join(repr(level.name) for level in levels)
         if len(specs) > 1:
-            raise ValueError(f"levels {label} share one module, so they need one engine; got {sorted(map(repr, specs))}.")
+            raise ValueError(
+                f"levels {label} share one module, so they need one engine; got {sorted(map(repr, specs))}."
+            )
         owner: dict[str, str] = {}
         for level in levels:
             for name in names[level.name]:
@@ -308,7 +344,8 @@ class Program:
         for name, parameter in module.named_parameters():
             if name not in owner:
                 parameter.requires_grad_(False)
-        may_skip = len(levels) > 1 or any(level.allow_unused for level in levels)
+        # Another level's loss may use a part of this module only, and its gradients are taken through the engine too.
+        may_skip = len(self.graph.order) > 1 or any(level.allow_unused for level in levels)
         spec = specs.pop()
         return spec.wrap(module, name=label.strip("'"), device=self.device, may_skip_parameters=may_skip)
 
@@ -338,7 +375,11 @@ class Program:
 
 
 class _SkipTick(Exception):
-    """Leave this tick's updates out."""
+    """Leave this tick's updates out; ``key`` is what to count it under, None for what is no error."""
+
+    def __init__(self, message: str, *, key: str | None):
+        super().__init__(message)
+        self.key = key
 
 
 def _check_modules_are_disjoint(levels: Sequence[Level]) -> None:

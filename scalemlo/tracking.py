@@ -38,8 +38,8 @@ class History:
     """Record of a run, on every rank.
 
     Attributes:
-        steps: One dict per outer iteration: ``step``, and per level ``loss/<name>``, ``gradient_norm/<name>`` (means over
-            the iteration; the norm before clipping), ``lr/<name>``.
+        steps: One dict per outer iteration: ``step``, and per level ``loss/<name>``, ``gradient_norm/<name>`` (before
+            clipping) and ``lr/<name>``, means over the iteration.
         phases: Statistics by ``"<level>/<phase>"``.
         skipped: Number of skipped updates by ``"<level>/<phase>"`` where a value was not finite.
         interrupted: Whether Ctrl-C ended the run early.

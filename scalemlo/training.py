@@ -93,10 +93,15 @@ class LevelTrainer:
         self.level._view = self.view
         try:
             return check_loss(self.level.loss(**arguments), self.name)
+        except Exception as error:
+            error.add_note(f"in the loss of level {self.name!r}")
+            raise
         finally:
             self.level._view = None
 
-    def compute_gradient(self, wanted: Sequence["LevelTrainer"], probe: Sequence["LevelTrainer"] = ()) -> GradientResult:
+    def compute_gradient(
+        self, wanted: Sequence["LevelTrainer"], probe: Sequence["LevelTrainer"] = ()
+    ) -> GradientResult:
         """Gradient of this level's loss by the parameters of some levels, without a step.
 
         Args:
@@ -117,6 +122,8 @@ class LevelTrainer:
                         last = i == len(self.batches) - 1
                         stack.enter_context(engine.live_pass(wanted=engine in kept, last=last))
                     loss = self.evaluate(batch)
+                    for engine in engines:
+                        loss = engine.watch_loss(loss)
                     if loss.requires_grad:
                         (loss * (self.scaler.scale / len(self.batches))).backward()
                 total += loss.detach() / len(self.batches)
@@ -184,6 +191,7 @@ def _bind_optimizer(level: Level, block: ParameterBlock) -> Optimizer:
         optimizer = level.optimizer(list(parameters.values()))
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"level {level.name!r}: optimizer(...) returned {type(optimizer).__name__}, no optimizer.")
+        _check_parameters(level, optimizer, {id(p): name for name, p in parameters.items()})
         return optimizer
     return level.optimizer
 
@@ -218,18 +226,22 @@ def optimizer_parameter_names(level: Level, names: Sequence[str]) -> dict[int, s
         return {}
     parameters = dict(level._module.named_parameters())
     by_id = {id(parameters[n]): n for n in names}
-    held = {id(p) for group in level.optimizer.param_groups for p in group["params"]}
+    _check_parameters(level, level.optimizer, by_id)
+    if level.optimizer.state:
+        raise ValueError(f"level {level.name!r}: its optimizer has stepped already; give a fresh one.")
+    return by_id
+
+
+def _check_parameters(level: Level, optimizer: Optimizer, by_id: Mapping[int, str]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for i, n in by_id.items() if i not in held]
     foreign = len(held - set(by_id))
     if missing or foreign:
         raise ValueError(
             f"level {level.name!r}: its optimizer must hold exactly the level's parameters; it lacks {missing[:5]} "
-            f"({len(missing)} in all) and holds {foreign} that are not the level's. Build it from the parameters of the "
-            "module that have requires_grad=True (and match `parameters`)."
+            f"({len(missing)} in all) and holds {foreign} that are not the level's. Build it from the parameters of "
+            "the module that have requires_grad=True (and match `parameters`)."
         )
-    if level.optimizer.state:
-        raise ValueError(f"level {level.name!r}: its optimizer has stepped already; give a fresh one.")
-    return by_id
 
 
 def swap_parameters(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, Any]) -> None:

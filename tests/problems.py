@@ -50,8 +50,8 @@ def llama() -> nn.Module:
 
 def gpt2_tied() -> nn.Module:
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0.0, embd_pdrop=0.0,
-        resid_pdrop=0.0, use_cache=False,
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=LENGTH, attn_pdrop=0.0,
+        embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -101,9 +101,12 @@ def example_losses(model, batch: dict[str, Tensor]) -> Tensor:
 class Finetune(mlo.Level):
     """Lower level: fine-tune on weighted examples."""
 
+    normalize = True
+
     def loss(self, batch, rater):
         losses = example_losses(self.module, batch)
-        return mlo.weighted_mean(losses, rater(losses.detach().unsqueeze(-1)).squeeze(-1))
+        weights = rater(losses.detach().unsqueeze(-1)).squeeze(-1)
+        return mlo.weighted_mean(losses, weights, normalize=self.normalize)
 
 
 class Rate(mlo.Level):
@@ -124,23 +127,24 @@ class Problem:
     accumulation: int = 1
     warm_up_steps: int = 3
     dropout: float = 0.0
+    normalize: bool = True
 
     def program(self, hypergradient: mlo.Hypergradient, engine: mlo.engines.EngineSpec, **options) -> mlo.Program:
         lower, upper = build_modules(self.kind, self.dtype, self.dropout)
         size = BATCH // self.accumulation
         train = [token_batch(i, size) for i in range(40)]
         meta = [token_batch(100 + i) for i in range(10)]
-        return mlo.Program(
-            [
-                Rate("rater", upper, data=meta, optimizer=partial(torch.optim.SGD, lr=0.1)),
-                Finetune(
-                    "finetune", lower, data=train, optimizer=self.lower_optimizer, hypergradient=hypergradient,
-                    gradient_accumulation_steps=self.accumulation,
-                ),
-            ],
-            engine=engine,
-            **options,
-        )  # fmt: skip
+        finetune = Finetune(
+            "finetune",
+            lower,
+            data=train,
+            optimizer=self.lower_optimizer,
+            hypergradient=hypergradient,
+            gradient_accumulation_steps=self.accumulation,
+        )
+        finetune.normalize = self.normalize
+        rate = Rate("rater", upper, data=meta, optimizer=partial(torch.optim.SGD, lr=0.1))
+        return mlo.Program([rate, finetune], engine=engine, **options)
 
     def hypergradient(self, hypergradient: mlo.Hypergradient, engine: mlo.engines.EngineSpec) -> "Measured":
         """The upper level's hypergradient after some steps, and the state it belongs to."""
@@ -184,7 +188,7 @@ class Problem:
     def _lower_loss(self, lower: nn.Module, upper: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         losses = example_losses(lower, batch)
         weights = upper(losses.detach().unsqueeze(-1)).squeeze(-1)
-        return (weights * losses).sum() / weights.sum()
+        return (weights * losses).sum() / (weights.sum() if self.normalize else len(losses))
 
     def _after_update(self, states: dict[str, dict], weights: list, gradients: tuple) -> list[Tensor]:
         """The weights after the next step, by torch's own optimizer, differentiable in the gradients."""

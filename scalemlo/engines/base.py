@@ -123,6 +123,10 @@ class Engine(ABC):
     def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """Full tensors on the CPU of rank 0 (empty elsewhere), names as in the unwrapped module. Collective."""
 
+    def watch_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss of a live pass, before its backward; where an engine must know it, as part of that engine."""
+        return loss
+
     def live_pass(self, *, wanted: bool, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward over the live module.
 
@@ -159,7 +163,7 @@ class Engine(ABC):
             return self.skeleton.call(method, args, kwargs)
 
     def take_gradients(self, names: Sequence[str]) -> dict[str, Tensor | None]:
-        """Take the local gradients out of the module: mean over ranks, dtype of the weights; None where there is none."""
+        """Take the local gradients out of the module: mean over ranks, dtype of the weights; None where absent."""
         taken = {}
         for name in names:
             parameter = self.parameters[name]
@@ -190,7 +194,8 @@ class ModuleView:
     """What a loss sees of a module: call it, or any of its methods, and the engine runs it.
 
     Calls go through the training framework in ordinary passes and through the skeleton where a derivative is taken,
-    so the same loss serves both. Attributes that are not methods of the module (``config``, say) are passed through.
+    so the same loss serves both. Attributes that are not methods of the module (``config``, say) are passed through,
+    except for its weights and submodules: used past the engine they would be constants of every derivative.
     """
 
     def __init__(self, engine: Engine):
@@ -202,12 +207,25 @@ class ModuleView:
 
     def __getattr__(self, name: str):
         value = getattr(self._engine.module, name)
+        if isinstance(value, (nn.Module, nn.Parameter)) or name in _HANDS_OUT_WEIGHTS:
+            kind = type(self._engine.module).__name__
+            raise ValueError(
+                f"level '{self._engine.name}': a loss uses {name!r} of {kind} directly, which is not differentiated "
+                "through when a hypergradient is taken. Put what it computes with it into a method of the module and "
+                "call that."
+            )
         if getattr(value, "__self__", None) is self._engine.module and not hasattr(nn.Module, name):
             return lambda *args, **kwargs: self._engine.call(name, args, kwargs)
         return value
 
     def __repr__(self) -> str:
         return f"ModuleView({self._engine.name})"
+
+
+_HANDS_OUT_WEIGHTS = frozenset(
+    ("parameters", "named_parameters", "get_parameter", "modules", "named_modules", "children", "named_children")
+    + ("get_submodule", "state_dict")
+)
 
 
 @contextmanager

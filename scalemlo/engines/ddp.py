@@ -37,7 +37,7 @@ class DDPEngine(ReplicatedEngine):
     def __init__(self, module: nn.Module, spec: DDP, *, name: str, device: torch.device, may_skip_parameters: bool):
         super().__init__(module, spec, name=name, device=device, units=())
         self._ddp = DistributedDataParallel(
-            _Redirect(self.module),
+            _WithLoss(self.module, may_skip_parameters),
             broadcast_buffers=False,  # a broadcast between two forwards of one loss would break the backward
             find_unused_parameters=may_skip_parameters,
             bucket_cap_mb=spec.bucket_cap_mib,
@@ -45,10 +45,24 @@ class DDPEngine(ReplicatedEngine):
         self._synchronize = False
 
     def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
-        """Call through DDP where the pass wants this module's gradients, and the bare module elsewhere."""
-        target = self._ddp if self._synchronize and torch.is_grad_enabled() else self._ddp.module
+        """Call the bare module; DDP sees the loss, see :meth:`watch_loss`."""
+        target = self.module if method == "forward" else getattr(self.module, method)
         with self.autocast():
-            return target(method, *args, **kwargs)
+            return target(*args, **kwargs)
+
+    def watch_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss, as an output of DDP where the pass wants this module's gradients reduced (mean).
+
+        DDP prepares its reduction at the end of its forward, from the outputs. Giving it the loss instead of each call
+        of the module lets a loss call the module any number of times, by any method, or not at all.
+
+        Args:
+            loss: This rank's loss of one micro-batch.
+
+        Returns:
+            A loss of the same value.
+        """
+        return self._ddp(loss) if self._synchronize else loss
 
     @contextmanager
     def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:
@@ -65,12 +79,16 @@ class DDPEngine(ReplicatedEngine):
         return {name: all_reduce_mean_(grad.contiguous()) for name, grad in gradients.items()}
 
 
-class _Redirect(nn.Module):
-    """Lets DDP, which hooks only ``forward``, run any method of the module."""
+class _WithLoss(nn.Module):
+    """Passes a loss through; holds the module only for DDP to find its parameters."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, may_skip_parameters: bool):
         super().__init__()
         self.module = module
+        # DDP ends a reduction when a first hook has fired: the anchor's does, also where a loss reaches nothing else.
+        self.anchor = nn.Parameter(torch.zeros((), device=next(module.parameters()).device))
+        if may_skip_parameters:  # find_unused_parameters warns on stderr where it finds none, which depends on the loss
+            self.idle = nn.Parameter(torch.zeros_like(self.anchor))
 
-    def forward(self, method: str, *args, **kwargs):
-        return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss + 0.0 * self.anchor.to(loss.dtype)

@@ -25,7 +25,7 @@ class FSDP(EngineSpec):
     """Every rank holds 1/W of every parameter, and gathers one unit at a time.
 
     Args:
-        dtype: ``"bf16"`` gathers and computes in bf16 and reduces gradients in fp32; the shards keep the module's dtype.
+        dtype: ``"bf16"`` gathers and computes in bf16, reduces in fp32, and keeps shards in the module's dtype.
         units: Class names of the blocks to gather together, ``("LlamaDecoderLayer",)`` say. By default the module's
             ``_no_split_modules`` (Hugging Face models have it), else the members of its outermost ``ModuleList`` s.
         reshard_after_forward: Free a block's gathered weights after its forward and gather them again in backward.
@@ -33,6 +33,11 @@ class FSDP(EngineSpec):
 
     units: Sequence[str] | None = None
     reshard_after_forward: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.units is not None:  # hashable, as specs are compared
+            object.__setattr__(self, "units", (self.units,) if isinstance(self.units, str) else tuple(self.units))
 
     def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> "FSDPEngine":
         """See :meth:`EngineSpec.wrap`.
@@ -138,7 +143,11 @@ class FSDPEngine(Engine):
         """See :meth:`Engine.full_state_dict`; gathered parameter by parameter."""
         self._reshard()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only)
-        return get_model_state_dict(self.module, options=options)
+        state = get_model_state_dict(self.module, options=options)
+        if trainable_only:  # the option above leaves buffers in
+            trainable = {n for n, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+            state = {n: t for n, t in state.items() if n in trainable}
+        return state
 
     def _reshard(self) -> None:
         for m in self.module.modules():
@@ -176,7 +185,9 @@ def find_units(module: nn.Module, class_names: Sequence[str] | None, level: str)
     found = _outermost(n for n, m in module.named_modules() if n and type(m).__name__ in wanted)
     if class_names is not None and not found:
         known = sorted({type(m).__name__ for m in module.modules()})
-        raise ValueError(f"level {level!r}: no submodule has a class of units={list(class_names)}; classes here: {known}.")
+        raise ValueError(
+            f"level {level!r}: no submodule has a class of units={list(class_names)}; classes here: {known}."
+        )
     if found:
         return found
     lists = [n for n, m in module.named_modules() if n and isinstance(m, nn.ModuleList)]

@@ -68,7 +68,9 @@ class SingleEngine(ReplicatedEngine):
     def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
         """Call the module."""
         with self.autocast():
-            return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+            return (
+                self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+            )
 
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One rank: nothing to average."""

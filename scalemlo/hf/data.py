@@ -52,7 +52,7 @@ def load_instructions(name_or_path: str, *, split: str = "train") -> list[Row]:
     """Load instructions from an asset, a json or jsonl file, or a data set of the hub.
 
     Records have the columns `instruction`, optionally `input`, and `output` (Alpaca), or `prompt` and `completion`.
-    Rows with an empty answer are left out and their number is logged.
+    Rows with an empty answer are left out and their number is logged. A missing file or column is a `ValueError`.
 
     Args:
         name_or_path: Asset name, path ending in `.json` or `.jsonl`, or hub name.
@@ -60,9 +60,6 @@ def load_instructions(name_or_path: str, *, split: str = "train") -> list[Row]:
 
     Returns:
         Rows in the order of the source.
-
-    Raises:
-        ValueError: If the file does not exist or a record lacks the columns.
     """
     rows = [_to_row(index, record) for index, record in enumerate(_read_records(name_or_path, split))]
     answered = [row for row in rows if row["completion"].strip()]
@@ -151,11 +148,16 @@ def corrupt(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row],
         raise ValueError(f"fraction ({fraction}) must be in [0, 1]")
     generator = random.Random(seed)
     chosen = generator.sample(range(len(rows)), round(fraction * len(rows)))
-    corrupted = [dict(row) for row in rows]
+    corrupted, mask = list(rows), [False] * len(rows)
     for receiver, giver in _exchange(chosen, rows, fraction, generator):
-        corrupted[receiver]["completion"] = rows[giver]["completion"]
-    chosen_set = set(chosen)
-    return [Row(**row) for row in corrupted], [index in chosen_set for index in range(len(rows))]
+        # A new row: the caller's clean rows must stay clean.
+        corrupted[receiver] = Row(
+            example_id=rows[receiver]["example_id"],
+            prompt=rows[receiver]["prompt"],
+            completion=rows[giver]["completion"],
+        )
+        mask[receiver] = True
+    return corrupted, mask
 
 
 def _exchange(
@@ -169,8 +171,8 @@ def _exchange(
     largest = max(len(group) for group in groups)
     if 2 * largest > len(chosen):
         raise ValueError(
-            f"fraction ({fraction}) of {len(rows)} rows selects {len(chosen)}, of which {largest} have the same answer; "
-            "at most half may, else some row would keep its own: change the fraction or remove duplicates"
+            f"fraction ({fraction}) of {len(rows)} rows selects {len(chosen)}, of which {largest} have the same "
+            "answer; at most half may, else some row would keep its own: change the fraction or remove duplicates"
         )
     for group in groups:
         generator.shuffle(group)
@@ -204,10 +206,10 @@ def tokenize(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     answered = [*messages, {"role": "assistant", "content": row["completion"]}]
-    prompt = tokenizer.apply_chat_template(
-        messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+    prompt = str(
+        tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True)
     )
-    whole = tokenizer.apply_chat_template(answered, chat_template=chat_template, tokenize=False)
+    whole = str(tokenizer.apply_chat_template(answered, chat_template=chat_template, tokenize=False))
     if not whole.startswith(prompt):
         raise ValueError(
             f"chat_template renders the prompt of example {row['example_id']} differently with and without its answer "

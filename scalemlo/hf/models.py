@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class LoraSpec:
     """
 
     r: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     seed: int = 0
@@ -96,9 +96,6 @@ def load_encoder(name: str, *, dtype: str = "fp32") -> tuple[nn.Module, PreTrain
 
     Returns:
         The encoder, in evaluation mode, on CPU and without trainable parameters, and its tokenizer.
-
-    Raises:
-        ValueError: If the dtype is unknown, or the tokenizer has no pad and no eos token.
     """
     torch_dtype = _parse_dtype(dtype)
     path = resolve_model(name)
@@ -113,7 +110,7 @@ def _parse_dtype(dtype: str) -> torch.dtype:
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

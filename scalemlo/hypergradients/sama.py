@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
-from .update_derivative import update_derivative
+from .update_derivative import RULES, unknown_update, update_derivative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,12 @@ class SAMA(Hypergradient):
 
         Returns:
             The preconditioned vector.
+
+        Raises:
+            ValueError: If the update of the level's optimizer is not known.
         """
+        if type(problem.optimizer) not in RULES:
+            raise ValueError(f"level {problem.name!r}: {unknown_update(problem.optimizer)}")
         gradient, clip_factor = problem.gradient()
         weights = problem.weights()
         value = {}

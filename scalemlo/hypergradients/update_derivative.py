@@ -112,7 +112,12 @@ def update_derivative(
     """
     if type(optimizer) in RULES:
         return RULES[type(optimizer)](group, state, gradient, weight)
-    raise ValueError(
+    raise ValueError(unknown_update(optimizer))
+
+
+def unknown_update(optimizer: Optimizer) -> str:
+    """What to tell a user whose optimizer has no rule."""
+    return (
         f"SAMA does not know the update of {type(optimizer).__name__}; it knows {sorted(c.__name__ for c in RULES)}. "
         "Register its derivative in scalemlo.hypergradients.update_derivative.RULES, or use Identity()."
     )

@@ -73,7 +73,7 @@ def mixed_partial(
                 for engine in engines:
                     overlay = {k: t for key, block in uppers.items() if block.engine is engine
                                for k, t in upper_shards[key].items()}  # fmt: skip
-                    call = partial(directional.call, engine, overlay, step)
+                    call = partial(directional.noting, engine, partial(directional.call, engine, overlay, step))
                     stack.enter_context(engine.functional(call))
                 return loss()
 
@@ -83,6 +83,11 @@ def mixed_partial(
     zero = torch.zeros((), dtype=weights.dtype, device=weights.device)
     with _explained(), sdpa_kernel(SDPBackend.MATH), NoGradIsConstant():
         _, tangents = torch.func.jvp(gradient_at, (zero,), (torch.ones_like(zero),))
+    if lower.engine not in directional.called:
+        raise DerivativeError(
+            f"the loss of level '{lower.engine.name}' never calls its module through `self.module`: derivatives by "
+            "its weights would be zero. Do not keep the module under another name."
+        )
     averaged = {key: block.engine.average_gradients(tangents[key]) for key, block in uppers.items()}
     return {key: uppers[key].vector(gradients) for key, gradients in averaged.items()}
 
@@ -92,10 +97,15 @@ class _Directional:
 
     def __init__(self, engines: Sequence[Engine], lower: ParameterBlock, v: Shards):
         self.lower, self.v = lower, v
+        self.called: set[Engine] = set()
         self.weights = {e: {n: e.local(n) for n in e.parameters} for e in engines}  # taken outside torch.func
 
     def call(self, engine: Engine, overlay: Mapping[str, Tensor], step: Tensor, method: str, args, kwargs) -> Any:
         raise NotImplementedError
+
+    def noting(self, engine: Engine, call: Callable, method: str, args, kwargs) -> Any:
+        self.called.add(engine)
+        return call(method, args, kwargs)
 
     def lend(
         self, engine: Engine, overlay: Mapping[str, Tensor], move: Callable[[list[str]], dict], names: Sequence[str]
@@ -137,7 +147,9 @@ class _FiniteDifference(_Directional):
 
         def evaluate(sign: float, constants: Constants) -> Any:
             def move(names: list[str]) -> dict[str, Tensor]:
-                return engine.gather({n: self.weights[engine][n] + sign * self.size * self.v[n] for n in names})
+                return engine.gather(
+                    {n: torch.add(self.weights[engine][n], self.v[n], alpha=sign * self.size) for n in names}
+                )
 
             masks.restore()
             with engine.skeleton.lent(partial(self.lend, engine, overlay, move)), constants:
@@ -153,7 +165,7 @@ class _FiniteDifference(_Directional):
 
 
 def _linear(plus: Any, minus: Any, step: Tensor, size: float) -> Any:
-    """The linear function of the step through two outputs: value ``(plus + minus) / 2``, slope ``(plus - minus) / 2e``."""
+    """The line through two outputs, as a function of the step: ``(plus + minus) / 2 + step * (plus - minus) / 2e``."""
     ahead, spec = tree_flatten(plus)
     behind, _ = tree_flatten(minus)
 
@@ -180,8 +192,8 @@ def _explained() -> Iterator[None]:
         message = str(error)
         if "forward AD" in message or "forward-mode" in message:
             raise DerivativeError(
-                f"an operation of the lower level has no forward derivative: {message} Use another implementation of it "
-                "(attn_implementation='eager' for attention), or mixed='finite_difference' in the hypergradient."
+                f"an operation of the lower level has no forward derivative: {message} Use another implementation of "
+                "it (attn_implementation='eager' for attention), or mixed='finite_difference' in the hypergradient."
             ) from error
         if "meta" in message:
             raise DerivativeError(

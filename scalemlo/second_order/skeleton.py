@@ -55,7 +55,9 @@ class Skeleton:
             for prefix, owner in self.module.get_submodule(unit.name).named_modules(prefix=unit.name):
                 if id(owner) in claimed:
                     if unit.name:
-                        raise ValueError(f"unit {unit.name!r} contains unit {claimed[id(owner)]!r}; units must not nest")
+                        raise ValueError(
+                            f"unit {unit.name!r} contains unit {claimed[id(owner)]!r}; units must not nest"
+                        )
                     continue
                 claimed[id(owner)] = unit.name
                 for attribute in owner._parameters:

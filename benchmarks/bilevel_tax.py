@@ -1,0 +1,136 @@
+"""What does a bilevel step cost over the plain steps it contains?
+
+    python benchmarks/bilevel_tax.py [--quick] [--json PATH]
+
+One outer iteration of example reweighting (weight net above, language model below) is K lower steps and one upper step.
+The upper step needs the gradient of the upper loss by the language model (a plain backward) and the mixed partial. The
+tax is the whole iteration over K plain lower steps plus one plain backward of the upper loss, written in plain PyTorch
+with the same model, kernels, tokens and optimizer: CPU-seconds of the process, one thread, and peak resident bytes
+grown since before the model was built. Each figure is the median over rounds in which all variants ran side by side.
+"""
+
+import json
+import math
+import statistics
+import time
+from functools import partial
+
+import measure
+
+UNROLL_STEPS = (1, 4)
+MODEL = dict(
+    vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=8, max_position_embeddings=128, use_cache=False, attn_implementation="eager",
+)  # fmt: skip
+BATCH, LENGTH = 4, 128
+
+
+def worker(variant: str, unroll_steps: int, num_iterations: int) -> dict:
+    """Median CPU-seconds of one outer iteration, and peak bytes."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import scalemlo as mlo
+    from scalemlo.tracking import peak_bytes, reset_peak_bytes
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    reset_peak_bytes(cpu)
+    before = peak_bytes(cpu)
+    model = LlamaForCausalLM(LlamaConfig(**MODEL))
+    net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
+    train, meta = ([torch.randint(0, 2000, (BATCH, LENGTH)) for _ in range(4)] for _ in range(2))
+
+    def losses(lm, ids):
+        logits = lm(input_ids=ids).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(BATCH, -1).mean(1)
+
+    class Finetune(mlo.Level):
+        def loss(self, batch, rater):
+            per_example = losses(self.module, batch)
+            return mlo.weighted_mean(per_example, rater(per_example.detach()[:, None])[:, 0])
+
+    class Rate(mlo.Level):
+        def loss(self, batch, finetune):
+            return losses(finetune, batch).mean()
+
+    adamw = partial(torch.optim.AdamW, lr=1e-5)
+    if variant == "plain":
+        optimizers = adamw(model.parameters()), adamw(net.parameters())
+
+        def iteration():
+            for k in range(unroll_steps):
+                per_example = losses(model, train[k % 4])
+                weights = net(per_example.detach()[:, None])[:, 0]
+                ((weights * per_example).sum() / weights.sum()).backward()
+                optimizers[0].step()
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+            losses(model, meta[0]).mean().backward()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+    else:
+        mixed = {"exact": "forward", "fd": "finite_difference"}[variant]
+        levels = [
+            Rate("rater", net, data=meta, optimizer=adamw),
+            Finetune("finetune", model, data=train, optimizer=adamw, unroll_steps=unroll_steps,
+                     hypergradient=mlo.Identity(mixed=mixed)),
+        ]  # fmt: skip
+        iteration = mlo.Program(levels).step
+
+    iteration()
+    seconds, peak = [], 0
+    for _ in range(num_iterations):
+        reset_peak_bytes(cpu)
+        start = time.process_time()
+        iteration()
+        seconds.append(time.process_time() - start)
+        peak = max(peak, peak_bytes(cpu))
+    return {"cpu_seconds": statistics.median(seconds), "peak_bytes": peak - before}
+
+
+def main() -> None:
+    """Run the rounds, print the table, write the figures."""
+    options = measure.arguments(__doc__)
+    if options.worker:
+        print(json.dumps(worker(**json.loads(options.worker))))
+        return
+    cases = [
+        (v, k) for k in UNROLL_STEPS for v in ("plain", "exact", "fd") if not (options.quick and k == 4 and v == "fd")
+    ]
+    rounds, num_iterations = (1, {1: 2, 4: 1}) if options.quick else (5, {1: 4, 4: 2})
+    found: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for variant, k in cases:
+            run = partial(measure.in_fresh_process, __file__, variant=variant, unroll_steps=k)
+            timed = run(measure.STEADY_TIME, num_iterations=num_iterations[k])
+            weighed = run(measure.EXACT_MEMORY, num_iterations=1) if k == 1 or not options.quick else None
+            peak = weighed["peak_bytes"] if weighed else float("nan")
+            found[variant, k].append({"cpu_seconds": timed["cpu_seconds"], "peak_bytes": peak})
+    figures, rows = {}, []
+    for variant, k in cases:
+        ratio = {
+            field: statistics.median(
+                a[field] / b[field] for a, b in zip(found[variant, k], found["plain", k], strict=True)
+            )
+            for field in ("cpu_seconds", "peak_bytes")
+        }
+        seconds = statistics.median(r["cpu_seconds"] for r in found[variant, k])
+        mib = statistics.median(r["peak_bytes"] for r in found[variant, k]) / 2**20
+        rows.append(
+            [variant, k, f"{seconds:.2f}", f"{mib:.0f}", f"{ratio['cpu_seconds']:.2f}", f"{ratio['peak_bytes']:.2f}"]
+        )
+        if variant != "plain":
+            figures[f"tax_{variant}_unroll{k}"] = round(ratio["cpu_seconds"], 3)
+            if not math.isnan(ratio["peak_bytes"]):
+                figures["peak_over_plain"] = max(figures.get("peak_over_plain", 0.0), round(ratio["peak_bytes"], 3))
+    print(f"{measure.machine()}; one thread; 27.7M-parameter Llama, batch {BATCH} x {LENGTH}; {rounds} round(s)\n")
+    print(measure.table(["variant", "unroll steps", "CPU-s", "peak MiB", "time / plain", "peak / plain"], rows))
+    measure.write_figures(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Fine-tune a language model on instructions, learning the weight of every example from a small clean set.
+
+Two levels. Above, a table with one logit per training example, trained so that the fine-tuned model does well on clean
+data; below, the fine-tune on weighted examples:
+
+    min_lambda  mean_j l_j(w*(lambda))           over clean examples j
+    s.t.        w*(lambda) = argmin_w  sum_i sigmoid(lambda_i) l_i(w) / sum_i sigmoid(lambda_i)
+
+A known part of the training answers is shuffled among its prompts, so that the learned weights can be judged: by the
+AUROC of clean against corrupted examples, and by the held-out loss beside a plain fine-tune on the same batches.
+
+Reference: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning"; Choe et al. 2023 (SAMA).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import scalemlo as mlo
+
+from .. import config as cfg
+from ..data import map_tensors
+from ..distributed import all_reduce_sum, is_main_process, rank, world_size
+from ..hf.data import InstructionDataset, PadCollator, corrupt, keep_short, load_instructions, split_rows
+from ..hf.losses import example_losses
+from ..hf.models import LoraSpec, load_causal_lm
+from ..hf.saving import save_pretrained
+from ..reporting import PHASE_HEADER, auroc, markdown_table, phase_rows, plot_reweighting, print_table
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The language model.
+
+    Args:
+        name: A model of ``scalemlo assets``, a folder, or a hub name.
+        lora: Adapter, or null for full fine-tuning.
+        attn_implementation: As in transformers.
+    """
+
+    __pydantic_config__ = cfg.STRICT
+    name: str
+    lora: LoraSpec | None = None
+    attn_implementation: str | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The instructions.
+
+    Args:
+        name: A data set of ``scalemlo assets``, a json(l) file, or a hub name.
+        num_train: Examples to fine-tune on.
+        num_meta: Clean examples that the weights are learned from.
+        num_heldout: Clean examples that nothing is learned from.
+        corrupt_fraction: Part of the training examples that get another one's answer.
+        max_length: Tokens per example; longer ones are left out.
+        system: System message; null leaves it to the chat template.
+    """
+
+    __pydantic_config__ = cfg.STRICT
+    name: str
+    num_train: int
+    num_meta: int
+    num_heldout: int
+    corrupt_fraction: float = 0.5
+    max_length: int = 128
+    system: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: Outer steps.
+        unroll_steps: Fine-tuning steps per outer step.
+        batch_size: Training examples per fine-tuning step, over all processes.
+        gradient_accumulation_steps: Batches per fine-tuning step.
+        meta_batch_size: Clean examples per outer step, over all processes.
+        max_grad_norm: Clipping of the fine-tune's gradient, or null.
+        eval_every: Outer steps between two evaluations on the held-out examples; 0 for the end only.
+        eval_batch_size: Held-out examples per batch, over all processes.
+    """
+
+    __pydantic_config__ = cfg.STRICT
+    steps: int
+    unroll_steps: int = 1
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    meta_batch_size: int = 8
+    max_grad_norm: float | None = 1.0
+    eval_every: int = 0
+    eval_batch_size: int = 16
+
+
+@dataclass(kw_only=True)
+class ReweightInstructionsConfig(cfg.RunConfig):
+    """Configuration of this recipe; see the sections."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    finetune: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
+    weights: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
+    hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.HypergradientConfig)
+
+
+class ExampleWeights(nn.Module):
+    """One weight in (0, 1) per training example, 1/2 at the start.
+
+    Args:
+        num_examples: N; examples are numbered 0 to N - 1.
+    """
+
+    def __init__(self, num_examples: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_examples))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Weights ``[B]`` of the examples ``index [B]``."""
+        return torch.sigmoid(self.logits[index])
+
+
+class Rate(mlo.Level):
+    """Upper level: the fine-tuned model should do well on clean examples."""
+
+    def loss(self, batch, finetune):
+        """Mean loss over clean examples."""
+        return mlo.mean(example_losses(finetune, batch))
+
+
+class Finetune(mlo.Level):
+    """Lower level: fine-tune on weighted examples."""
+
+    def loss(self, batch, rater):
+        """Weighted mean of the examples' losses."""
+        return mlo.weighted_mean(example_losses(self.module, batch), rater(batch["index"]))
+
+
+class PlainFinetune(mlo.Level):
+    """The baseline: every example counts the same."""
+
+    def loss(self, batch):
+        """Mean of the examples' losses."""
+        return mlo.mean(example_losses(self.module, batch))
+
+
+class Indexed(Dataset):
+    """Adds to every example its position ``index``, by which its weight is looked up."""
+
+    def __init__(self, dataset: InstructionDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.dataset[index], "index": index}
+
+
+@dataclass
+class Prepared:
+    """Data of one run."""
+
+    train: Indexed
+    meta: InstructionDataset
+    heldout: InstructionDataset
+    corrupted: np.ndarray  # [N] booleans
+    prompts: list[str]
+    collate: PadCollator
+
+
+def prepare(config: ReweightInstructionsConfig, tokenizer) -> Prepared:
+    """Load, split and corrupt the data.
+
+    Args:
+        config: The configuration.
+        tokenizer: Of the model.
+
+    Returns:
+        Disjoint training, meta and held-out examples.
+    """
+    data = config.data
+    rows = keep_short(load_instructions(data.name), tokenizer, data.max_length, system=data.system)
+    split = split_rows(
+        rows, num_train=data.num_train, num_meta=data.num_meta, num_heldout=data.num_heldout, seed=config.seed
+    )
+    train, mask = corrupt(split.train, data.corrupt_fraction, config.seed)
+    tokenized = partial(InstructionDataset, tokenizer=tokenizer, max_length=data.max_length, system=data.system)
+    dataset = tokenized(train)
+    corrupted = {row["example_id"]: flag for row, flag in zip(train, mask, strict=True)}
+    prompts = {row["example_id"]: row["prompt"] for row in train}
+    ids = [row["example_id"] for row in dataset]
+    return Prepared(
+        train=Indexed(dataset),
+        meta=tokenized(split.meta),
+        heldout=tokenized(split.heldout),
+        corrupted=np.array([corrupted[i] for i in ids]),
+        prompts=[prompts[i] for i in ids],
+        collate=PadCollator(tokenizer.pad_token_id),
+    )
+
+
+def heldout_loss(program: mlo.Program, data: Prepared, batch_size: int) -> float:
+    """Mean loss over the held-out examples, all ranks sharing the work. Collective."""
+    share = max(1, batch_size // world_size())
+    mine = list(range(rank(), len(data.heldout), world_size()))
+    per_rank = math.ceil(len(data.heldout) / world_size())
+    total = torch.zeros(2, dtype=torch.float64, device=program.device)
+    with program.inference("finetune") as model:
+        for start in range(0, per_rank, share):
+            indices = mine[start : start + share]
+            rows = [data.heldout[i] for i in indices or [0]]  # a rank without examples still joins the collectives
+            batch = map_tensors(lambda t: t.to(program.device), data.collate(rows))
+            losses = example_losses(model, batch)[: len(indices)]
+            total += torch.stack([losses.sum().double(), losses.new_tensor(len(indices)).double()])
+    total = all_reduce_sum(total)
+    return float(total[0] / total[1])
+
+
+def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.Module, *, plain: bool) -> mlo.Program:
+    """The reweighting program, or the plain fine-tune on the same batches.
+
+    Args:
+        config: The configuration.
+        data: The data.
+        model: A fresh model.
+        plain: Whether to leave the weights out.
+
+    Returns:
+        The program.
+    """
+    train = config.train
+    engine = config.engine.build(world_size())
+    collate = partial(_collate, data.collate)
+    shuffled = partial(DataLoader, shuffle=True, drop_last=True, collate_fn=collate)
+    finetune = dict(
+        data=shuffled(data.train, batch_size=train.batch_size),
+        optimizer=config.finetune.optimizer(),
+        scheduler=config.finetune.scheduler(train.steps * train.unroll_steps),
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+    )
+    options = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite)
+    if plain:
+        return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
+    rate = Rate(
+        "rater",
+        ExampleWeights(len(data.train)),
+        data=shuffled(data.meta, batch_size=train.meta_batch_size),
+        optimizer=config.weights.optimizer(),
+        scheduler=config.weights.scheduler(train.steps),
+    )
+    lower = Finetune(
+        "finetune",
+        model,
+        unroll_steps=train.unroll_steps,
+        hypergradient=config.hypergradient.build(),
+        **finetune,
+    )
+    return mlo.Program([rate, lower], **options)
+
+
+def run(config: ReweightInstructionsConfig) -> bool:
+    """Run the recipe: reweighted fine-tune, plain fine-tune, report.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        Whether Ctrl-C ended it early; adapter, weights and table of what was done are written all the same.
+    """
+    folder = Path(config.output_dir)
+    train = config.train
+    model, tokenizer = _load(config)
+    data = prepare(config, tokenizer)
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        cfg.save(config, folder / "run.yaml")
+        print(
+            f"{config.model.name} on {len(data.train)} examples of {config.data.name} ({int(data.corrupted.sum())} "
+            f"with shuffled answers), {len(data.meta)} clean ones above, {len(data.heldout)} held out; "
+            f"{config.engine.build(world_size())} on {world_size()} process(es)"
+        )
+
+    program = build_program(config, data, model, plain=False)
+    pretrained = heldout_loss(program, data, train.eval_batch_size)
+    curves = {"reweighted": [(0, pretrained)], "plain": [(0, pretrained)]}
+    histories = {"reweighted": program.run(train.steps, callbacks=[_evaluator(config, data, curves["reweighted"])])}
+    save_pretrained(program, "finetune", folder / "reweighted", tokenizer)
+    weights = torch.sigmoid(program.state_dict("rater").get("logits", torch.zeros(0))).numpy()
+    if is_main_process():
+        _write_weights(folder, data, weights)
+    _add_last(program, data, config, curves["reweighted"])
+
+    if not histories["reweighted"].interrupted:
+        del program, model
+        plain = build_program(config, data, _load(config)[0], plain=True)
+        steps = train.steps * train.unroll_steps
+        every = _evaluator(config, data, curves["plain"], steps_per_outer=train.unroll_steps)
+        histories["plain"] = plain.run(steps, callbacks=[every])
+        _add_last(plain, data, config, curves["plain"], steps_per_outer=train.unroll_steps)
+    if is_main_process():
+        _report(folder, data, weights, curves, histories)
+    return any(history.interrupted for history in histories.values())
+
+
+def _load(config: ReweightInstructionsConfig):
+    torch.manual_seed(config.seed)
+    model = config.model
+    return load_causal_lm(model.name, lora=model.lora, attn_implementation=model.attn_implementation)
+
+
+def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
+    batch = pad(rows)  # type: ignore[arg-type]
+    return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
+
+
+def _evaluator(
+    config, data: Prepared, curve: list[tuple[int, float]], steps_per_outer: int = 1
+) -> mlo.program.Callback:
+    def evaluate(program: mlo.Program, record: dict[str, float]) -> None:
+        step, left_over = divmod(program.num_steps, steps_per_outer)
+        if config.train.eval_every and not left_over and step % config.train.eval_every == 0:
+            curve.append((step, heldout_loss(program, data, config.train.eval_batch_size)))
+
+    return evaluate
+
+
+def _add_last(program: mlo.Program, data: Prepared, config, curve: list, steps_per_outer: int = 1) -> None:
+    step = program.num_steps // steps_per_outer
+    if curve[-1][0] != step:
+        curve.append((step, heldout_loss(program, data, config.train.eval_batch_size)))
+
+
+def _write_weights(folder: Path, data: Prepared, weights: np.ndarray) -> None:
+    ids = [row["example_id"] for row in data.train]
+    frame = pd.DataFrame(
+        {"example_id": ids, "weight": weights, "corrupted": data.corrupted, "prompt": data.prompts}
+    ).sort_values("weight")
+    frame.to_csv(folder / "weights.csv", index=False)
+    frame.to_parquet(folder / "weights.parquet", index=False)
+
+
+def _report(folder: Path, data: Prepared, weights: np.ndarray, curves, histories) -> None:
+    score = auroc(weights, ~data.corrupted)
+    rows: list[list[object]] = [["pretrained", 0, f"{curves['reweighted'][0][1]:.4f}", ""]]
+    for name, label in (("plain", "plain fine-tune"), ("reweighted", "reweighted")):
+        step, loss = curves[name][-1]
+        done = name in histories
+        note = f"{score:.3f}" if name == "reweighted" else ""
+        rows.append([label, step if done else "not run", f"{loss:.4f}" if done else "", note])
+    header = ["model", "outer steps", "held-out loss", "AUROC of the weights, clean above corrupted"]
+    print_table("Held-out loss", header, rows)
+    spread = f"weights: mean {weights.mean():.3f}, sd {weights.std():.3f}"
+    spread += f"; clean {weights[~data.corrupted].mean():.3f}" if (~data.corrupted).any() else ""
+    spread += f", corrupted {weights[data.corrupted].mean():.3f}" if data.corrupted.any() else ""
+    print(spread)
+    if weights.std() < 1e-3:
+        print("The weights hardly vary: raise weights.learning_rate or train.steps.")
+    phases = phase_rows(histories)
+    print_table("Seconds and bytes per phase", PHASE_HEADER, phases)
+    for name, history in histories.items():
+        history.save(folder / name)
+        if history.skipped:
+            print(f"{name}: skipped updates {history.skipped}")
+    losses = {
+        f"{run}: {level}": h.column(f"loss/{level}") for run, h in histories.items() for level in ("rater", "finetune")
+    }
+    plot_reweighting(
+        folder / "report.png",
+        weights=weights,
+        corrupted=data.corrupted,
+        auroc_value=score,
+        losses={name: values for name, values in losses.items() if values and name != "plain: finetune"},
+        heldout={name: points for name, points in curves.items() if len(points) > 1},
+    )
+    (folder / "report.md").write_text(
+        markdown_table(header, rows) + f"\n{spread}\n\n" + markdown_table(PHASE_HEADER, phases)
+    )
+    print(f"wrote {folder}/report.png, report.md, weights.csv, weights.parquet, reweighted/ (for from_pretrained)")

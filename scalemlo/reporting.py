@@ -1,0 +1,108 @@
+"""Tables and pictures at the end of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .tracking import History
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on the terminal."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same table as Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]) + "\n"
+
+
+def phase_rows(histories: Mapping[str, History]) -> list[list[object]]:
+    """Seconds and bytes per phase of some runs: run, phase, calls, seconds, seconds per call, peak MiB."""
+    rows: list[list[object]] = []
+    for run, history in histories.items():
+        for phase, stats in history.phases.items():
+            per_call = stats.wall_seconds / stats.num_calls
+            rows.append([run, phase, stats.num_calls, f"{stats.wall_seconds:.1f}", f"{per_call:.2f}",
+                         f"{stats.peak_bytes / 2**20:.0f}"])  # fmt: skip
+    return rows
+
+
+PHASE_HEADER = ["run", "phase", "calls", "seconds", "per call", "peak MiB"]
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive example scores above a negative one.
+
+    Args:
+        scores: ``[N]``.
+        positive: ``[N]``, booleans.
+
+    Returns:
+        A number in [0, 1]; NaN if all examples are of one kind.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    if positive.all() or not positive.any():
+        return float("nan")
+    return float(roc_auc_score(positive, scores))
+
+
+def plot_reweighting(
+    path: str | Path,
+    *,
+    weights: np.ndarray,
+    corrupted: np.ndarray,
+    auroc_value: float,
+    losses: Mapping[str, Sequence[float]],
+    heldout: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    """Draw learned weights (clean against corrupted) and loss curves.
+
+    Args:
+        path: PNG file.
+        weights: ``[N]``, learned weights.
+        corrupted: ``[N]``, booleans.
+        auroc_value: Shown above the weights.
+        losses: Curve name to one value per outer step.
+        heldout: Curve name to (outer step, held-out loss) points.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    bins = np.linspace(float(weights.min()), float(weights.max()) + 1e-9, 30).tolist()
+    for kind, mask, color in (("clean", ~corrupted, "#2a7f62"), ("corrupted", corrupted, "#c8553d")):
+        left.hist(weights[mask], bins=bins, alpha=0.65, label=f"{kind} ({mask.sum()})", color=color)
+    left.set(title=f"Learned weights, AUROC {auroc_value:.3f}", xlabel="weight", ylabel="examples")
+    left.legend()
+    for name, values in losses.items():
+        x = np.arange(1, len(values) + 1)
+        (line,) = middle.plot(x, values, alpha=0.25)
+        middle.plot(x, _smoothed(values), color=line.get_color(), label=name)
+    middle.set(title="Loss per level (smoothed)", xlabel="outer step", ylabel="loss")
+    middle.legend()
+    for name, points in heldout.items():
+        right.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+    right.set(title="Held-out loss", xlabel="outer step", ylabel="loss")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """Running mean over about a tenth of the curve, over fewer points at its ends."""
+    width = max(1, len(values) // 10)
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
