@@ -277,8 +277,8 @@ class Program:
             if missing and not trainer.level.allow_unused and trainer.num_steps == 0:
                 raise ValueError(
                     f"level {trainer.name!r}: no loss reaches {missing[:5]} ({len(missing)} parameter(s)): neither its "
-                    "own nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? If not, "
-                    "freeze them with requires_grad_(False), or select others with `parameters`."
+                    "own nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? If "
+                    "not, freeze them with requires_grad_(False), or select others with `parameters`."
                 )
 
     def _blame_lower(self, name: str) -> None:

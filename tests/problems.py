@@ -70,15 +70,13 @@ LOWER_MODULES: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
-def build_modules(kind: str, dtype: torch.dtype, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+def build_modules(kind: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """The same (lower, upper) modules on every call."""
     torch.manual_seed(3)
     lower, upper = LOWER_MODULES[kind](), weight_net()
     with torch.no_grad():
         for p in lower.parameters():  # no zero biases: every term of every derivative must matter
             p.add_(0.05 * torch.randn_like(p))
-    if dropout:
-        lower = nn.Sequential(lower, nn.Dropout(dropout))
     return lower.to(dtype), upper.to(dtype)
 
 
@@ -91,7 +89,7 @@ def token_batch(seed: int, size: int = BATCH) -> dict[str, Tensor]:
 def example_losses(model, batch: dict[str, Tensor]) -> Tensor:
     """Mean next-token cross entropy per example, ``[B]``."""
     ids = batch["input_ids"]
-    out = model(input_ids=ids) if not isinstance(model, nn.Sequential) else model(ids)
+    out = model(input_ids=ids)
     logits = getattr(out, "logits", out)  # [B, T, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -126,11 +124,10 @@ class Problem:
     lower_optimizer: Callable = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
     accumulation: int = 1
     warm_up_steps: int = 3
-    dropout: float = 0.0
     normalize: bool = True
 
     def program(self, hypergradient: mlo.Hypergradient, engine: mlo.engines.EngineSpec, **options) -> mlo.Program:
-        lower, upper = build_modules(self.kind, self.dtype, self.dropout)
+        lower, upper = build_modules(self.kind, self.dtype)
         size = BATCH // self.accumulation
         train = [token_batch(i, size) for i in range(40)]
         meta = [token_batch(100 + i) for i in range(10)]

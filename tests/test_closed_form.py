@@ -216,6 +216,7 @@ def test_number_of_steps(shape, unroll, expected):
     program = mlo.Program(levels)
     order: list[str] = []
     for trainer in program.trainers.values():
+
         def step(gradient, trainer=trainer, original=trainer.step):
             order.append(trainer.name)
             original(gradient)

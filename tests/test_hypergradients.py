@@ -171,7 +171,7 @@ def test_sama_counts_the_clipping_factor():
     (free, g_free), (clipped, g_clipped) = measured[None], measured[1e-3]
     factor = float(g_clipped.norm() / g_free.norm())
     assert factor < 0.1
-    # betas=(0, .): u = lr g / (|g| + eps), du/dg = lr eps / (|g| + eps)^2: compare with the rule at the clipped gradient
+    # the rule at the clipped gradient, times the factor
     rule = {n: update_derivative(
         program.trainers["finetune"].optimizer, program.trainers["finetune"].parameter_group(n), {},
         gradient=g_clipped[n], weight=program.trainers["finetune"].weights()[n],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -135,6 +136,8 @@ def _add_lora(model: nn.Module, spec: LoraSpec) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     # The adapters are drawn on CPU from a generator of their own: ranks agree, and the caller's stream is untouched.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft 0.21 asks for a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(spec.seed)
         return get_peft_model(model, config)

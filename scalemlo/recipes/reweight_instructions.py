@@ -62,7 +62,8 @@ class DataConfig:
         num_meta: Clean examples that the weights are learned from.
         num_heldout: Clean examples that nothing is learned from.
         corrupt_fraction: Part of the training examples that get another one's answer.
-        max_length: Tokens per example; longer ones are left out.
+        max_length: Tokens per example; longer ones are left out. An example that gets another one's answer may become
+            longer and is kept whole, since a cut answer would give the corruption away.
         system: System message; null leaves it to the chat template.
     """
 
@@ -195,7 +196,7 @@ def prepare(config: ReweightInstructionsConfig, tokenizer) -> Prepared:
         rows, num_train=data.num_train, num_meta=data.num_meta, num_heldout=data.num_heldout, seed=config.seed
     )
     train, mask = corrupt(split.train, data.corrupt_fraction, config.seed)
-    tokenized = partial(InstructionDataset, tokenizer=tokenizer, max_length=data.max_length, system=data.system)
+    tokenized = partial(InstructionDataset, tokenizer=tokenizer, max_length=2 * data.max_length, system=data.system)
     dataset = tokenized(train)
     corrupted = {row["example_id"]: flag for row, flag in zip(train, mask, strict=True)}
     prompts = {row["example_id"]: row["prompt"] for row in train}
@@ -210,21 +211,35 @@ def prepare(config: ReweightInstructionsConfig, tokenizer) -> Prepared:
     )
 
 
-def heldout_loss(program: mlo.Program, data: Prepared, batch_size: int) -> float:
-    """Mean loss over the held-out examples, all ranks sharing the work. Collective."""
+def losses_of(program: mlo.Program, dataset: Dataset, data: Prepared, batch_size: int) -> Tensor:
+    """Loss of every example of a data set, all ranks sharing the work. Collective.
+
+    Args:
+        program: Its level ``finetune`` is evaluated.
+        dataset: N examples.
+        data: Has the collator.
+        batch_size: Examples per batch, over all processes.
+
+    Returns:
+        Losses ``[N]`` in fp64, equal on every rank.
+    """
     share = max(1, batch_size // world_size())
-    mine = list(range(rank(), len(data.heldout), world_size()))
-    per_rank = math.ceil(len(data.heldout) / world_size())
-    total = torch.zeros(2, dtype=torch.float64, device=program.device)
+    size = len(dataset)  # type: ignore[arg-type]
+    mine = list(range(rank(), size, world_size()))
+    per_rank = math.ceil(size / world_size())
+    losses = torch.zeros(size, dtype=torch.float64, device=program.device)
     with program.inference("finetune") as model:
         for start in range(0, per_rank, share):
             indices = mine[start : start + share]
-            rows = [data.heldout[i] for i in indices or [0]]  # a rank without examples still joins the collectives
+            rows = [dataset[i] for i in indices or [0]]  # a rank without examples still joins the collectives
             batch = map_tensors(lambda t: t.to(program.device), data.collate(rows))
-            losses = example_losses(model, batch)[: len(indices)]
-            total += torch.stack([losses.sum().double(), losses.new_tensor(len(indices)).double()])
-    total = all_reduce_sum(total)
-    return float(total[0] / total[1])
+            losses[indices] = example_losses(model, batch)[: len(indices)].double()
+    return all_reduce_sum(losses)
+
+
+def heldout_loss(program: mlo.Program, data: Prepared, batch_size: int) -> float:
+    """Mean loss over the held-out examples. Collective."""
+    return float(losses_of(program, data.heldout, data, batch_size).mean())
 
 
 def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.Module, *, plain: bool) -> mlo.Program:
@@ -294,6 +309,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
 
     program = build_program(config, data, model, plain=False)
     pretrained = heldout_loss(program, data, train.eval_batch_size)
+    first_losses = losses_of(program, data.train, data, train.eval_batch_size).cpu().numpy()
     curves = {"reweighted": [(0, pretrained)], "plain": [(0, pretrained)]}
     histories = {"reweighted": program.run(train.steps, callbacks=[_evaluator(config, data, curves["reweighted"])])}
     save_pretrained(program, "finetune", folder / "reweighted", tokenizer)
@@ -310,7 +326,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
         histories["plain"] = plain.run(steps, callbacks=[every])
         _add_last(plain, data, config, curves["plain"], steps_per_outer=train.unroll_steps)
     if is_main_process():
-        _report(folder, data, weights, curves, histories)
+        _report(folder, data, weights, first_losses, curves, histories)
     return any(history.interrupted for history in histories.values())
 
 
@@ -351,15 +367,16 @@ def _write_weights(folder: Path, data: Prepared, weights: np.ndarray) -> None:
     frame.to_parquet(folder / "weights.parquet", index=False)
 
 
-def _report(folder: Path, data: Prepared, weights: np.ndarray, curves, histories) -> None:
-    score = auroc(weights, ~data.corrupted)
-    rows: list[list[object]] = [["pretrained", 0, f"{curves['reweighted'][0][1]:.4f}", ""]]
+def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.ndarray, curves, histories) -> None:
+    score, baseline = auroc(weights, ~data.corrupted), auroc(-first_losses, ~data.corrupted)
+    pretrained = f"{curves['reweighted'][0][1]:.4f}"
+    rows: list[list[object]] = [["pretrained", 0, pretrained, f"{baseline:.3f} (its loss alone)"]]
     for name, label in (("plain", "plain fine-tune"), ("reweighted", "reweighted")):
         step, loss = curves[name][-1]
         done = name in histories
         note = f"{score:.3f}" if name == "reweighted" else ""
         rows.append([label, step if done else "not run", f"{loss:.4f}" if done else "", note])
-    header = ["model", "outer steps", "held-out loss", "AUROC of the weights, clean above corrupted"]
+    header = ["model", "outer steps", "held-out loss", "AUROC clean / corrupted"]
     print_table("Held-out loss", header, rows)
     spread = f"weights: mean {weights.mean():.3f}, sd {weights.std():.3f}"
     spread += f"; clean {weights[~data.corrupted].mean():.3f}" if (~data.corrupted).any() else ""

@@ -28,7 +28,7 @@ from .stop_gradient import Constants, NoGradIsConstant
 Method = Literal["forward", "finite_difference"]
 METHODS: tuple[Method, ...] = ("forward", "finite_difference")
 
-RELATIVE_STEP = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+RELATIVE_STEP = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 """Size of a finite-difference step, ``|e v| / |w|``, by the dtype the module computes in."""
 
 

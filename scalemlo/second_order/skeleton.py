@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,13 @@ class Skeleton:
 
 def _structure(module: nn.Module) -> nn.Module:
     """Deep copy with every parameter on the meta device; no weight is copied, buffers are shared."""
+    for name, m in module.named_modules():
+        if isinstance(m.__dict__.get("forward"), FunctionType):  # a closure would go on calling the live module
+            raise ValueError(
+                f"the forward of {name or type(module).__name__!r} was replaced by a function on the instance; exact "
+                "derivatives need a copy of the module that does not refer to the original. Use a subclass, or forward "
+                "hooks."
+            )
     memo: dict[int, object] = {}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)

@@ -1,0 +1,188 @@
+"""The command line end to end on a tiny model and made data: one process, two ranks, wrong input, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<end>", "<unk>", "user", "assistant", *(f"q{i}" for i in range(20)), *(f"a{i}" for i in range(20))]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+CONFIG = """\
+recipe: reweight_instructions
+output_dir: {folder}/run
+model: {{name: {folder}/model, lora: {{r: 4, alpha: 8}}}}
+data: {{name: {folder}/data.jsonl, num_train: 48, num_meta: 16, num_heldout: 13, corrupt_fraction: 0.5, max_length: 16}}
+train: {{steps: 4, unroll_steps: 2, batch_size: 8, meta_batch_size: 8, eval_every: 2, eval_batch_size: 4}}
+finetune: {{learning_rate: 1.0e-2, lr_scheduler_type: linear, warmup_steps: 2}}
+weights: {{learning_rate: 0.3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama, a tokenizer of whole words, 100 questions and a configuration."""
+    folder = tmp_path_factory.mktemp("cli")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    rows = [{"prompt": f"q{i % 20} q{i // 20}", "completion": f"a{i % 20} a{(3 * i) % 20}"} for i in range(100)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def scalemlo(folder, *overrides, launcher=(), config="run.yaml", **options):
+    command = [*(launcher or [sys.executable]), "-m", "scalemlo", "train", str(folder / config), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu_2.yaml"]
+
+
+def trajectory(folder):
+    """Everything a run learned: losses and norms per step, and the weights of the examples."""
+    weights = pd.read_csv(folder / "weights.csv").sort_values("example_id")
+    histories = [pd.read_csv(folder / run / "history.csv") for run in ("reweighted", "plain")]
+    return np.concatenate([weights["weight"], *(h.to_numpy().ravel() for h in histories)])
+
+
+@pytest.mark.launch
+def test_one_process_reports_everything_and_two_ranks_follow_it(folder):
+    done = scalemlo(folder)
+    assert done.returncode == 0, done.stderr
+    run = folder / "run"
+    for word in ("pretrained", "plain fine-tune", "reweighted", "AUROC", "mixed partial", "peak MiB"):
+        assert word in done.stdout
+    assert "rater=" in done.stderr and "finetune=" in done.stderr  # one bar with a loss per level
+    assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
+    frame = pd.read_parquet(run / "weights.parquet")
+    assert len(frame) == 48 and frame["corrupted"].sum() == 24 and frame["weight"].std() > 1e-3
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = PeftModel.from_pretrained(model, run / "reweighted")
+    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+    AutoTokenizer.from_pretrained(run / "reweighted")
+
+    expected = trajectory(run)
+    for launcher, engine in ((TORCHRUN, "fsdp"), (ACCELERATE, "ddp")):
+        other = folder / engine
+        done = scalemlo(folder, f"engine={engine}", f"output_dir={other}", "num_processes=2", launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_allclose(trajectory(other), expected, rtol=2e-4, atol=2e-5)
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), other / "reweighted")
+
+
+@pytest.mark.launch
+def test_a_run_replays_from_what_it_wrote(folder):
+    first, second = folder / "first", folder / "second"
+    assert scalemlo(folder, "train.steps=2", f"output_dir={first}").returncode == 0
+    again = scalemlo(folder, f"output_dir={second}", config="first/run.yaml")
+    assert again.returncode == 0, again.stderr
+    np.testing.assert_array_equal(trajectory(first), trajectory(second))
+
+
+@pytest.mark.launch
+def test_full_fine_tuning_saves_a_model_under_fsdp(folder):
+    out = folder / "full"
+    done = scalemlo(folder, "model.lora=null", "engine=fsdp", "train.steps=1", f"output_dir={out}", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    loaded, info = AutoModelForCausalLM.from_pretrained(out / "reweighted", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert any(not torch.equal(t, before[n]) for n, t in loaded.state_dict().items())
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
+    out = folder / f"interrupted-{num_ranks}"
+    launcher = TORCHRUN if num_ranks == 2 else [sys.executable]
+    command = [
+        *launcher,
+        "-m",
+        "scalemlo",
+        "train",
+        str(folder / "run.yaml"),
+        "train.steps=100000",
+        f"output_dir={out}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (out / "run.yaml").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        stdout, stderr = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "not run" in stdout and "reweighted" in stdout, stderr
+    assert len(pd.read_csv(out / "weights.csv")) == 48
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out / "reweighted")
+
+
+WRONG = {
+    "unknown key": (["train.stepz=3"], "train.stepz: unknown key. Did you mean 'steps'"),
+    "wrong type": (["train.steps=many"], "train.steps"),
+    "out of range": (["finetune.learning_rate=-1"], "learning_rate=-1"),
+    "unknown estimator": (["hypergradient.type=newton"], "hypergradient.type"),
+    "unknown recipe": (["recipe=reweigh"], "recipes are"),
+    "no value": (["steps"], "key=value"),
+    "too few rows": (["data.num_train=1000"], "num_train (1000)"),
+    "another number of processes": (["num_processes=2"], "1 process(es) are running"),
+    "a batch larger than the data": (["train.batch_size=64"], "data is empty"),
+    "fp16 on a CPU": (["engine.dtype=fp16"], "needs a GPU"),
+}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_clear_line(folder, case, capsys, monkeypatch):
+    from scalemlo.cli import main
+
+    overrides, message = WRONG[case]
+    monkeypatch.chdir(folder)
+    assert main(["train", str(folder / "run.yaml"), f"output_dir={folder}/wrong", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_accelerate_that_starts_one_process_is_noticed(folder, monkeypatch, capsys):
+    from scalemlo.cli import main
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch --num_processes 2` sets on a CPU
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit):
+        main(["train", str(folder / "run.yaml")])
+    assert "started one" in capsys.readouterr().err
