@@ -17,6 +17,8 @@ from functools import partial
 
 import measure
 
+from scalemlo.reporting import markdown_table
+
 UNROLL_STEPS = (1, 4)
 MODEL = dict(
     vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
@@ -128,7 +130,7 @@ def main() -> None:
             if not math.isnan(ratio["peak_bytes"]):
                 figures["peak_over_plain"] = max(figures.get("peak_over_plain", 0.0), round(ratio["peak_bytes"], 3))
     print(f"{measure.machine()}; one thread; 27.7M-parameter Llama, batch {BATCH} x {LENGTH}; {rounds} round(s)\n")
-    print(measure.table(["variant", "unroll steps", "CPU-s", "peak MiB", "time / plain", "peak / plain"], rows))
+    print(markdown_table(["variant", "unroll steps", "CPU-s", "peak MiB", "time / plain", "peak / plain"], rows))
     measure.write_figures(options.json, figures)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, fresh processes for clean measurements, tables."""
+"""What the benchmarks share: arguments, fresh processes for clean measurements, figures."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -41,12 +41,6 @@ def machine() -> str:
         with open("/proc/cpuinfo") as f:
             model = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), model)
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
 def write_figures(path: Path | None, figures: Mapping[str, float]) -> None:

@@ -52,32 +52,43 @@ class EngineConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW and a learning-rate schedule of transformers.
+    """An optimizer of torch and a learning-rate schedule of transformers.
 
     Args:
+        type: ``adamw``, or ``sgd``, which keeps the size of the gradient: for tables whose rows are rarely visited.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        betas: Decay rates of the moments.
+        betas: Decay rates of AdamW's moments.
+        momentum: Of SGD.
         lr_scheduler_type: A name that ``transformers.get_scheduler`` knows.
         warmup_steps: Steps of linear warm-up.
     """
 
     __pydantic_config__ = STRICT
+    type: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.0
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.type == "sgd" and self.betas != (0.9, 0.999):
+            raise ValueError(f"betas={self.betas} have no effect with type='sgd'; set momentum")
+        if self.type == "adamw" and self.momentum:
+            raise ValueError(f"momentum={self.momentum} has no effect with type='adamw'; set betas")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
 
     def optimizer(self):
         """A function from parameters to their optimizer."""
-        return partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
+        common = dict(lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.type == "sgd":
+            return partial(torch.optim.SGD, momentum=self.momentum, **common)
+        return partial(torch.optim.AdamW, betas=self.betas, **common)
 
     def scheduler(self, num_steps: int):
         """A function from an optimizer to its scheduler over a number of its steps."""

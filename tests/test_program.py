@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import scalemlo as mlo
+from scalemlo.precision import LossScaler
 from tests.problems import BATCH, Finetune, Problem, Rate, build_modules, example_losses, relative_error, token_batch
 from tests.ranks import run_ranks
 
@@ -619,3 +620,28 @@ def test_history_means_over_the_steps_of_an_iteration():
     program.run(2, progress=False)
     assert len(losses) == 6 and program.trainers["rater"].num_steps == 2
     assert program.history.column("loss/finetune") == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+
+
+def test_loss_scaling_changes_nothing_but_the_range():
+    """fp16's loss scaling, exercised in fp64: scaled gradients and hypergradients are unscaled again, exactly."""
+    found = {}
+    for scale in (1.0, 2.0**16):
+        program = Problem().program(mlo.SAMA(), mlo.Single())
+        for trainer in program.trainers.values():
+            trainer.scaler = LossScaler(scale=scale, enabled=scale != 1.0, growth_interval=1)
+        found[scale] = program.gradients()
+    for level in ("rater", "finetune"):
+        for name, t in found[1.0][level].items():
+            torch.testing.assert_close(found[2.0**16][level][name], t, rtol=1e-12, atol=1e-15)
+    assert program.trainers["rater"].scaler.scale == 2.0**17  # one good gradient, growth_interval 1
+
+
+def test_an_overflow_halves_the_scale_and_skips_the_step():
+    program = Problem().program(mlo.Identity(), mlo.Single())
+    lower = program.trainers["finetune"]
+    lower.scaler = LossScaler(scale=2.0**1023)  # overflows whatever it multiplies
+    before = {n: t.clone() for n, t in lower.weights().items()}
+    program.step()
+    assert lower.scaler.scale == 2.0**1022
+    assert all(torch.equal(t, before[n]) for n, t in lower.weights().items())
+    assert program.history.skipped == {}  # part of loss scaling, not an error
