@@ -2,6 +2,9 @@
 
     python benchmarks/bilevel_tax.py [--quick] [--json PATH]
 
+Variants: ``plain``; ``exact``, the forward derivative of the losses; ``fd``, central differences of them; ``ghost``,
+products out of the lower step's own backward pass, which share its forward.
+
 One outer iteration of example reweighting (weight net above, language model below) is K lower steps and one upper step.
 The upper step needs the gradient of the upper loss by the language model (a plain backward) and the mixed partial. The
 tax is the whole iteration over K plain lower steps plus one plain backward of the upper loss, written in plain PyTorch
@@ -75,7 +78,7 @@ def worker(variant: str, unroll_steps: int, num_iterations: int) -> dict:
             for optimizer in optimizers:
                 optimizer.zero_grad()
     else:
-        mixed = {"exact": "forward", "fd": "finite_difference"}[variant]
+        mixed = {"exact": "forward", "fd": "finite_difference", "ghost": "ghost"}[variant]
         levels = [
             Rate("rater", net, data=meta, optimizer=adamw),
             Finetune("finetune", model, data=train, optimizer=adamw, unroll_steps=unroll_steps,
@@ -101,7 +104,10 @@ def main() -> None:
         print(json.dumps(worker(**json.loads(options.worker))))
         return
     cases = [
-        (v, k) for k in UNROLL_STEPS for v in ("plain", "exact", "fd") if not (options.quick and k == 4 and v == "fd")
+        (variant, k)
+        for k in UNROLL_STEPS
+        for variant in ("plain", "exact", "fd", "ghost")
+        if k == 1 or variant in ("plain", "exact") or not options.quick
     ]
     rounds, num_iterations = (1, {1: 2, 4: 1}) if options.quick else (5, {1: 4, 4: 2})
     found: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}

@@ -103,12 +103,12 @@ class HypergradientConfig:
 
     Args:
         type: The estimator.
-        mixed: ``forward`` is exact, ``finite_difference`` the fallback.
+        mixed: ``forward`` is exact, ``ghost`` exact and cheap with ``identity``, ``finite_difference`` the fallback.
     """
 
     __pydantic_config__ = STRICT
     type: Literal["identity", "sama"] = "sama"
-    mixed: Literal["forward", "finite_difference"] = "forward"
+    mixed: Literal["forward", "finite_difference", "ghost"] = "forward"
 
     def build(self) -> Hypergradient:
         """The estimator."""

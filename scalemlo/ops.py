@@ -1,5 +1,10 @@
 """What losses are written with: means over the global batch, and constants."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from .distributed import all_reduce_sum, world_size
@@ -55,9 +60,10 @@ def weighted_mean(losses: Tensor, weights: Tensor, *, normalize: bool = True) ->
             f"weighted_mean needs losses [B] and weights [B], got {list(losses.shape)} and {list(weights.shape)}. "
             "Squeeze the output of the weight net, for instance with .squeeze(-1)."
         )
-    if not normalize:
-        return mean(weights * losses)
-    return (weights * losses).sum() * world_size() / all_reduce_sum(weights.sum())
+    tape = _tape.get()
+    if tape is not None:
+        return tape.record(losses, weights, normalize)
+    return _weighted_mean(losses, weights, normalize)
 
 
 def constant(x: Tensor) -> Tensor:
@@ -67,3 +73,49 @@ def constant(x: Tensor) -> Tensor:
     Forward derivatives stop here by construction; finite differences hold the value at the base point.
     """
     return x.detach()
+
+
+@dataclass
+class WeightedMeanTape:
+    """Notes the weighted mean that a loss is made of, for :mod:`scalemlo.second_order.ghost`.
+
+    While recording, the weights are constants of the loss: their part of the derivative is taken from the note.
+    """
+
+    losses: Tensor | None = None
+    weights: Tensor | None = None
+    normalize: bool = True
+    result: Tensor | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While inside, :func:`weighted_mean` notes its arguments here."""
+        token = _tape.set(self)
+        try:
+            yield
+        finally:
+            _tape.reset(token)
+
+    def record(self, losses: Tensor, weights: Tensor, normalize: bool) -> Tensor:
+        """Note one weighted mean and return its value.
+
+        Args:
+            losses: ``[B]``.
+            weights: ``[B]``.
+            normalize: As in :func:`weighted_mean`.
+
+        Returns:
+            The weighted mean, a constant of the weights.
+        """
+        self.losses, self.weights, self.normalize = losses, weights, normalize
+        self.result = _weighted_mean(losses, weights.detach(), normalize)
+        return self.result
+
+
+_tape: ContextVar[WeightedMeanTape | None] = ContextVar("weighted_mean_tape", default=None)
+
+
+def _weighted_mean(losses: Tensor, weights: Tensor, normalize: bool) -> Tensor:
+    if not normalize:
+        return mean(weights * losses)
+    return (weights * losses).sum() * world_size() / all_reduce_sum(weights.sum())

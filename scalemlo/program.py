@@ -17,9 +17,10 @@ from .distributed import any_rank, initialize, is_main_process, rank, world_size
 from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
 from .level import Level
+from .second_order.ghost import GhostProducts, check_products
 from .shards import Shards
 from .tracking import History
-from .training import LevelTrainer, optimizer_parameter_names, swap_parameters
+from .training import GradientResult, LevelTrainer, optimizer_parameter_names, swap_parameters
 
 Callback = Callable[["Program", dict[str, float]], None]
 """Called after every outer iteration with the program and the record of the iteration."""
@@ -74,6 +75,7 @@ class Program:
         self.trainers = self._bind(default, seed)
         self._reached: dict[str, set[str]] = {level.name: set() for level in levels}
         self._probed: set[str] = set()
+        self._verified: set[str] = set()  # levels whose ghost products have been compared with the forward derivative
         self._gradients: dict[str, tuple[Shards, float]] = {}
         self._record: dict[str, list[float]] = {}
         self._stop = False
@@ -205,20 +207,26 @@ class Program:
         if name not in self._gradients:
             through = self.graph.depends_on_best_responses(name)
             loss, total = self._hypergradient(trainer) if through else self._plain_gradient(trainer)
-            clipped, factor, norm = trainer.clip(total)
-            if through and not math.isfinite(norm):
-                self._blame_lower(name)
-            self._check_finite(norm, trainer, "hypergradient" if through else "gradient")
-            trainer.scaler.update(overflowed=False)
-            self._note(f"loss/{name}", loss)
-            self._note(f"gradient_norm/{name}", norm)
-            self._gradients[name] = clipped, factor
+            self._keep_gradient(trainer, loss, total, "hypergradient" if through else "gradient")
         return self._gradients[name]
+
+    def _keep_gradient(self, trainer: LevelTrainer, loss: float, total: Shards, phase: str) -> None:
+        clipped, factor, norm = trainer.clip(total)
+        if phase == "hypergradient" and not math.isfinite(norm):
+            self._blame_lower(trainer.name)
+        self._check_finite(norm, trainer, phase)
+        trainer.scaler.update(overflowed=False)
+        self._note(f"loss/{trainer.name}", loss)
+        self._note(f"gradient_norm/{trainer.name}", norm)
+        self._gradients[trainer.name] = clipped, factor
 
     def _plain_gradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
         probe = self._to_probe(trainer)
         with self._phase(trainer, "gradient"):
             result = trainer.compute_gradient([trainer], probe)
+        return result.loss, self._checked_gradient(trainer, result)
+
+    def _checked_gradient(self, trainer: LevelTrainer, result: GradientResult) -> Shards:
         self._note_reached(trainer, result.reached)  # also of a step that is skipped: levels are probed once
         self._check_finite(result.loss, trainer, "loss")
         missing = [n for n in trainer.block.names if n not in result.reached[trainer.name]]
@@ -228,7 +236,7 @@ class Program:
                 "Freeze them with requires_grad_(False), select others with `parameters`, or set allow_unused=True "
                 "where some batches leave parameters out."
             )
-        return result.loss, result.gradients[trainer.name]
+        return result.gradients[trainer.name]
 
     def _hypergradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
         """Reverse accumulation over the levels below: each is solved once, whatever the number of paths."""
@@ -252,11 +260,32 @@ class Program:
             with self._phase(lower, "solve"):
                 solution = lower.estimator.solve(v, lower).value
             del v
-            with self._phase(lower, "mixed partial"):
-                mixed = lower.compute_mixed(solution, [self.trainers[n] for n in targets])
+            uppers = [self.trainers[n] for n in targets]
+            if lower.estimator.mixed == "ghost":
+                mixed = self._gradient_with_products(lower, solution, uppers)
+            else:
+                with self._phase(lower, "mixed partial"):
+                    mixed = lower.compute_mixed(solution, uppers)
             for target, product in mixed.items():
                 adjoints[target] = adjoints[target].add_(product, alpha=-1.0) if target in adjoints else -product
         return result.loss, adjoints[name]
+
+    def _gradient_with_products(
+        self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]
+    ) -> dict[str, Shards]:
+        """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step."""
+        ghost = GhostProducts(lower.block, v)
+        with self._phase(lower, "gradient and mixed partial"):
+            result = lower.compute_gradient([lower, *uppers], ghost=ghost)
+        mixed = {upper.name: result.gradients.pop(upper.name) for upper in uppers}
+        if lower.name not in self._verified:
+            with self._phase(lower, "check of the mixed partial"):
+                check_products(mixed, lower.compute_mixed(v, uppers, "forward"), lower.name, lower.engine.spec.dtype)
+            self._verified.add(lower.name)
+        if lower.name not in self._gradients:
+            self._probed.add(lower.name)
+            self._keep_gradient(lower, result.loss, self._checked_gradient(lower, result), "gradient")
+        return mixed
 
     # ---- checks --------------------------------------------------------------------------------------------------
     def _to_probe(self, trainer: LevelTrainer) -> list[LevelTrainer]:

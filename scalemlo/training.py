@@ -19,7 +19,8 @@ from .hypergradients import Hypergradient, Identity
 from .level import Level, check_loss
 from .precision import LossScaler
 from .rng import seeded
-from .second_order.mixed_partial import mixed_partial
+from .second_order.ghost import GhostProducts
+from .second_order.mixed_partial import Method, mixed_partial
 from .shards import Shards
 
 
@@ -100,17 +101,21 @@ class LevelTrainer:
             self.level._view = None
 
     def compute_gradient(
-        self, wanted: Sequence["LevelTrainer"], probe: Sequence["LevelTrainer"] = ()
+        self,
+        wanted: Sequence["LevelTrainer"],
+        probe: Sequence["LevelTrainer"] = (),
+        ghost: GhostProducts | None = None,
     ) -> GradientResult:
         """Gradient of this level's loss by the parameters of some levels, without a step.
 
         Args:
             wanted: Levels whose gradients are returned (mean over ranks and micro-batches).
             probe: Levels for which it is only noted which of their parameters the loss reaches.
+            ghost: If given, ``wanted`` are this level and upper ones; what is returned for the upper ones is not the
+                gradient of the loss but the mixed partial with the direction of ``ghost``, from the same pass.
 
         Returns:
             Loss, gradients, reached parameters.
-
         """
         engines = self._engines()
         kept = {t.engine for t in (*wanted, *probe)}
@@ -121,11 +126,16 @@ class LevelTrainer:
                     for engine in engines:
                         last = i == len(self.batches) - 1
                         stack.enter_context(engine.live_pass(wanted=engine in kept, last=last))
-                    loss = self.evaluate(batch)
-                    for engine in engines:
-                        loss = engine.watch_loss(loss)
-                    if loss.requires_grad:
-                        (loss * (self.scaler.scale / len(self.batches))).backward()
+                    scale = self.scaler.scale / len(self.batches)
+                    if ghost is None:
+                        loss = self.evaluate(batch)
+                        self._backward(loss, scale, engines)
+                    else:
+                        with ghost.listening():
+                            loss = self.evaluate(batch)
+                        ghost.check(loss)
+                        self._backward(loss, scale, [self.engine])
+                        self._backward(ghost.upper_loss(scale), scale, [e for e in engines if e is not self.engine])
                 total += loss.detach() / len(self.batches)
         reached, gradients = {}, {}
         for trainer in (*wanted, *probe):
@@ -139,8 +149,25 @@ class LevelTrainer:
             engine.clear_gradients()
         return GradientResult(float(all_reduce_mean_(total)), gradients, reached)
 
-    def compute_mixed(self, v: Shards, uppers: Sequence["LevelTrainer"]) -> dict[str, Shards]:
-        """``d/dlambda <dL/dw, v>`` for several upper levels: mean over all micro-batches and ranks, same masks."""
+    def _backward(self, loss: Tensor, scale: float, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            loss = engine.watch_loss(loss)
+        if loss.requires_grad:
+            (loss * scale).backward()
+
+    def compute_mixed(
+        self, v: Shards, uppers: Sequence["LevelTrainer"], method: Method | None = None
+    ) -> dict[str, Shards]:
+        """``d/dlambda <dL/dw, v>`` for several upper levels: mean over all micro-batches and ranks, same masks.
+
+        Args:
+            v: Direction.
+            uppers: The levels of the parameters lambda.
+            method: Overrides the estimator's.
+
+        Returns:
+            One vector per upper level.
+        """
         total: dict[str, Shards] = {}
         blocks = {t.name: t.block for t in uppers}
         scale = 1.0
@@ -155,7 +182,7 @@ class LevelTrainer:
                     self.block,
                     v,
                     blocks,
-                    self.estimator.mixed,
+                    method or self.estimator.mixed,
                 )
                 total = {k: total[k].add_(x) for k, x in part.items()} if total else part
         return {k: x.mul_(1 / (scale * len(self.batches))) for k, x in total.items()}

@@ -60,10 +60,11 @@ class Hypergradient(ABC):
 
     Args:
         mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
-            :func:`scalemlo.second_order.mixed_partial.mixed_partial`.
+            :func:`scalemlo.second_order.mixed_partial.mixed_partial`; or ``"ghost"``, exact and nearly free where the
+            lower loss is a weighted mean, see :mod:`scalemlo.second_order.ghost`.
 
     Raises:
-        ValueError: If ``mixed`` is unknown.
+        ValueError: If ``mixed`` is unknown, or ``"ghost"`` with an estimator that needs the lower gradient first.
     """
 
     needs_gradient: ClassVar[bool] = False
@@ -74,6 +75,11 @@ class Hypergradient(ABC):
     def __post_init__(self) -> None:
         if self.mixed not in METHODS:
             raise ValueError(f"mixed={self.mixed!r} is unknown; choose one of {list(METHODS)}.")
+        if self.mixed == "ghost" and self.needs_gradient:
+            raise ValueError(
+                f"mixed='ghost' gives the mixed partial together with the lower gradient, but {type(self).__name__} "
+                "needs that gradient first. Use mixed='forward', or Identity(mixed='ghost')."
+            )
 
     @abstractmethod
     def solve(self, v: Shards, problem: LowerProblem) -> Result:

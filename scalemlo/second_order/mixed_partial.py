@@ -25,8 +25,9 @@ from ..rng import RNGState
 from ..shards import Shards
 from .stop_gradient import Constants, NoGradIsConstant
 
-Method = Literal["forward", "finite_difference"]
-METHODS: tuple[Method, ...] = ("forward", "finite_difference")
+Method = Literal["forward", "finite_difference", "ghost"]
+METHODS: tuple[Method, ...] = ("forward", "finite_difference", "ghost")
+"""``ghost`` is in :mod:`scalemlo.second_order.ghost`: it needs no pass of its own."""
 
 RELATIVE_STEP = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 """Size of a finite-difference step, ``|e v| / |w|``, by the dtype the module computes in."""

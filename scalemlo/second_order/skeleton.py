@@ -34,6 +34,15 @@ class Unit:
         return list(dict.fromkeys(name for _, _, name in self.slots))
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A module that holds parameters itself, not in a submodule."""
+
+    path: str
+    unit: str
+    parameters: dict[str, str]  # attribute -> canonical name
+
+
 class Skeleton:
     """See the module's docstring.
 
@@ -52,6 +61,7 @@ class Skeleton:
         names = {name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
         self.units = [Unit("")] + [Unit(name) for name in unit_names]
         claimed: dict[int, str] = {}
+        self.layers: list[Layer] = []
         for unit in reversed(self.units):  # the root takes what the others left
             for prefix, owner in self.module.get_submodule(unit.name).named_modules(prefix=unit.name):
                 if id(owner) in claimed:
@@ -61,10 +71,12 @@ class Skeleton:
                         )
                     continue
                 claimed[id(owner)] = unit.name
-                for attribute in owner._parameters:
-                    if owner._parameters[attribute] is not None:
-                        full_name = f"{prefix}.{attribute}" if prefix else attribute
-                        unit.slots.append((owner, attribute, names[full_name]))
+                own = {
+                    a: names[f"{prefix}.{a}" if prefix else a] for a, p in owner._parameters.items() if p is not None
+                }
+                unit.slots += [(owner, attribute, name) for attribute, name in own.items()]
+                if own:
+                    self.layers.append(Layer(prefix, unit.name, own))
         for unit in self.units[1:]:
             _lend_around_forward(self, unit)
         self._lender: Lender | None = None
