@@ -88,6 +88,7 @@ class GhostProducts:
                 raise DerivativeError(
                     f"ghost products need weights that do not depend on the lower weights; detach the losses. {WAY_OUT}"
                 )
+        self._size = tape.losses.shape[0]
         (self._coefficients,) = torch.autograd.grad(loss, tape.losses, retain_graph=True)  # c_i
         if any_rank(bool((self._coefficients == 0).any())):
             raise DerivativeError(
@@ -110,7 +111,8 @@ class GhostProducts:
             ``sum_i c_i(lambda) d_i``, differentiable in the weights.
         """
         self._gathered = None
-        tape = self.tape
+        # The graph's taps refer to this object: it must not refer to the graph, or neither would ever be freed.
+        tape, self.tape = self.tape, WeightedMeanTape()
         assert self._parts is not None and tape.weights is not None
         products = self._parts / (scale * self._coefficients.to(self._parts.dtype))  # d_i
         return weighted_mean(products.to(tape.weights.dtype), tape.weights, normalize=tape.normalize)
@@ -128,12 +130,10 @@ class GhostProducts:
         return _Tap.apply(output, args[0].detach(), partial(self._collect, layer))
 
     def _collect(self, layer: Layer, x: Tensor, delta: Tensor) -> None:
-        assert self.tape.losses is not None
-        size = self.tape.losses.shape[0]
-        if delta.shape[0] != size:
+        if delta.shape[0] != self._size:
             raise DerivativeError(
-                f"ghost products: the output of {layer.path!r} has first dimension {delta.shape[0]}, not the {size} "
-                f"examples of the batch. {WAY_OUT}"
+                f"ghost products: the output of {layer.path!r} has first dimension {delta.shape[0]}, not the "
+                f"{self._size} examples of the batch. {WAY_OUT}"
             )
         tangent = self._tangent(layer, x, delta.dtype)
         part = (delta * tangent).flatten(1).sum(1, dtype=torch.promote_types(delta.dtype, torch.float32))
@@ -165,7 +165,12 @@ class GhostProducts:
         fixed = {a: t for a, t in weights.items() if a not in own}
         moving = {a: weights[a] for a in own}
         tangents = {a: t.to(moving[a].dtype) for a, t in own.items()}
-        return torch.func.jvp(lambda p: functional_call(module, {**fixed, **p}, (x,)), (moving,), (tangents,))[1]
+
+        def call(parameters: Mapping[str, Tensor]) -> Tensor:
+            buffers = {name: b.clone() for name, b in module.named_buffers()}  # running statistics stay as they are
+            return functional_call(module, {**buffers, **fixed, **parameters}, (x,))
+
+        return torch.func.jvp(call, (moving,), (tangents,))[1]
 
     def _vectors(self, unit: str) -> dict[str, Tensor]:
         """Vectors of one unit; at most one unit's is gathered."""
