@@ -24,14 +24,19 @@ from scalemlo.reporting import markdown_table
 
 UNROLL_STEPS = (1, 4)
 MODEL = dict(
-    vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+    vocab_size=2000, hidden_size=512, intermediate_size=1408, num_attention_heads=8,
     num_key_value_heads=8, max_position_embeddings=128, use_cache=False, attn_implementation="eager",
 )  # fmt: skip
 BATCH, LENGTH = 4, 128
 
 
-def worker(variant: str, unroll_steps: int, num_iterations: int) -> dict:
-    """Median CPU-seconds of one outer iteration, and peak bytes."""
+def worker(cases: list, num_iterations: int, num_layers: int) -> list[dict]:
+    """Median CPU-seconds of one outer iteration and peak bytes, of one case after the other."""
+    return [measured(variant, unroll_steps, num_iterations, num_layers) for variant, unroll_steps in cases]
+
+
+def measured(variant: str, unroll_steps: int, num_iterations: int, num_layers: int) -> dict:
+    """One case."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -45,7 +50,7 @@ def worker(variant: str, unroll_steps: int, num_iterations: int) -> dict:
     cpu = torch.device("cpu")
     reset_peak_bytes(cpu)
     before = peak_bytes(cpu)
-    model = LlamaForCausalLM(LlamaConfig(**MODEL))
+    model = LlamaForCausalLM(LlamaConfig(**MODEL, num_hidden_layers=num_layers))
     net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
     train, meta = ([torch.randint(0, 2000, (BATCH, LENGTH)) for _ in range(4)] for _ in range(2))
 
@@ -103,21 +108,20 @@ def main() -> None:
     if options.worker:
         print(json.dumps(worker(**json.loads(options.worker))))
         return
-    cases = [
-        (variant, k)
-        for k in UNROLL_STEPS
-        for variant in ("plain", "exact", "fd", "ghost")
-        if k == 1 or variant in ("plain", "exact") or not options.quick
-    ]
-    rounds, num_iterations = (1, {1: 2, 4: 1}) if options.quick else (5, {1: 4, 4: 2})
+    variants = ("plain", "exact", "fd", "ghost")
+    cases = [(v, k) for k in UNROLL_STEPS for v in variants if k == 1 or v != "fd"]
+    num_layers, rounds, num_iterations = (3, 1, 1) if options.quick else (8, 5, 3)
+    run = partial(measure.in_fresh_process, __file__, num_iterations=num_iterations, num_layers=num_layers)
     found: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
     for _ in range(rounds):
-        for variant, k in cases:
-            run = partial(measure.in_fresh_process, __file__, variant=variant, unroll_steps=k)
-            timed = run(measure.STEADY_TIME, num_iterations=num_iterations[k])
-            weighed = run(measure.EXACT_MEMORY, num_iterations=1) if k == 1 or not options.quick else None
-            peak = weighed["peak_bytes"] if weighed else float("nan")
-            found[variant, k].append({"cpu_seconds": timed["cpu_seconds"], "peak_bytes": peak})
+        # quick: all cases in one process, and the memory of one unroll step only
+        timed = run(measure.STEADY_TIME, cases=cases) if options.quick else None
+        for i, case in enumerate(cases):
+            seconds = (timed or run(measure.STEADY_TIME, cases=[case]) * len(cases))[i]["cpu_seconds"]
+            weighed = None if options.quick and case[1] > 1 else run(measure.EXACT_MEMORY, cases=[case])[0]
+            found[case].append(
+                {"cpu_seconds": seconds, "peak_bytes": weighed["peak_bytes"] if weighed else float("nan")}
+            )
     figures, rows = {}, []
     for variant, k in cases:
         ratio = {
@@ -135,7 +139,10 @@ def main() -> None:
             figures[f"tax_{variant}_unroll{k}"] = round(ratio["cpu_seconds"], 3)
             if not math.isnan(ratio["peak_bytes"]):
                 figures["peak_over_plain"] = max(figures.get("peak_over_plain", 0.0), round(ratio["peak_bytes"], 3))
-    print(f"{measure.machine()}; one thread; 27.7M-parameter Llama, batch {BATCH} x {LENGTH}; {rounds} round(s)\n")
+    print(
+        f"{measure.machine()}; one thread; Llama of {num_layers} layers, width 512, batch {BATCH} x {LENGTH}; "
+        f"{rounds} round(s)\n"
+    )
     print(markdown_table(["variant", "unroll steps", "CPU-s", "peak MiB", "time / plain", "peak / plain"], rows))
     measure.write_figures(options.json, figures)
 

@@ -25,8 +25,8 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_fresh_process(script: str, environment: Mapping[str, str], **options) -> dict:
-    """Run ``script --worker <options>`` on one thread and return the JSON object on its last line."""
+def in_fresh_process(script: str, environment: Mapping[str, str], **options) -> list[dict]:
+    """Run ``script --worker <options>`` on one thread and return the JSON list on its last line."""
     command = [sys.executable, "-W", "ignore", script, "--worker", json.dumps(options)]
     result = subprocess.run(command, env={**os.environ, **ONE_THREAD, **environment}, capture_output=True, text=True)
     if result.returncode:
