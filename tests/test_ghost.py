@@ -9,21 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import scalemlo as mlo
-from tests.problems import Problem, relative_error
+from tests.problems import Problem, errors
 from tests.ranks import run_ranks
 
 GHOST = mlo.Identity(mixed="ghost")
 KINDS = ["mlp", "llama", "llama_lora"]
 ENGINES = {"single-1": (mlo.Single, 1), "ddp-2": (mlo.DDP, 2), "fsdp-2": (mlo.FSDP, 2)}
-
-
-def errors(rank, world_size, problems, engine):
-    found = []
-    for problem in problems:
-        measured = problem.hypergradient(GHOST, engine)
-        assert measured.weights_untouched
-        found.append(relative_error(measured.gradient, problem.reference(measured.state, adaptive=False)))
-    return found
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -35,7 +26,7 @@ def test_products_equal_the_reference(engine):
     ]
     # transformers' RMSNorm computes in fp32 whatever the dtype, and so does its output's tangent
     llamas = [Problem(kind=kind) for kind in ("llama", "llama_lora")]
-    for by_rank in run_ranks(errors, world_size, exact + single + llamas, spec()):
+    for by_rank in run_ranks(errors, world_size, exact + single + llamas, GHOST, False, spec()):
         assert max(by_rank[: len(exact)]) < 1e-10, by_rank
         assert max(by_rank[len(exact) : -len(llamas)]) < 1e-5, by_rank
         assert max(by_rank[-len(llamas) :]) < 1e-6, by_rank

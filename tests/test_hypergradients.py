@@ -9,7 +9,7 @@ from torch import nn
 
 import scalemlo as mlo
 from scalemlo.hypergradients.update_derivative import update_derivative
-from tests.problems import LOWER_MODULES, Problem, relative_error
+from tests.problems import LOWER_MODULES, Problem, errors, relative_error
 from tests.ranks import run_ranks
 
 ESTIMATORS = {"identity": (mlo.Identity, False), "sama": (mlo.SAMA, True)}
@@ -20,16 +20,6 @@ ACCUMULATION = {"1x8": 1, "4x2": 4}
 # In fp32 the unnormalised weighted mean is used: normalising subtracts the mean of nearly equal numbers, and the
 # reference itself, computed in fp32, is then off by 1e-4.
 PRECISIONS = {"fp64": (dict(dtype=torch.float64), 1e-10), "fp32": (dict(dtype=torch.float32, normalize=False), 1e-5)}
-
-
-def errors(rank, world_size, problems, hypergradient, adaptive, engine):
-    """Error against the reference of each problem; in one launch, since starting ranks takes longer than they run."""
-    found = []
-    for problem in problems:
-        measured = problem.hypergradient(hypergradient, engine)
-        assert measured.weights_untouched
-        found.append(relative_error(measured.gradient, problem.reference(measured.state, adaptive=adaptive)))
-    return found
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
