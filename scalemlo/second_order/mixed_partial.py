@@ -128,10 +128,27 @@ class _Forward(_Directional):
         def move(names: list[str]) -> dict[str, Tensor]:
             weights = engine.gather({n: self.weights[engine][n] for n in names})
             tangents = engine.gather({n: self.v[n] for n in names})
-            return {n: torch.addcmul(weights[n], tangents[n], step.to(weights[n].dtype)) for n in names}
+            return {n: _Along.apply(weights[n], tangents[n], step) for n in names}
 
         with engine.skeleton.lent(partial(self.lend, engine, overlay, move)):
             return engine.call_skeleton(method, args, kwargs)
+
+
+class _Along(torch.autograd.Function):
+    """``w + e v`` at e = 0, where e has tangent 1: the weights themselves, the direction as tangent, no copies."""
+
+    @staticmethod
+    def forward(weight: Tensor, direction: Tensor, step: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx, _weight, _direction, step_tangent: Tensor) -> Tensor:
+        (direction,) = ctx.saved_tensors
+        return direction.view_as(direction)
 
 
 class _FiniteDifference(_Directional):
