@@ -146,7 +146,7 @@ class _Along(torch.autograd.Function):
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def jvp(ctx, _weight, _direction, step_tangent: Tensor) -> Tensor:
+    def jvp(ctx, _weight, _direction, _step) -> Tensor:
         (direction,) = ctx.saved_tensors
         return direction.view_as(direction)
 
