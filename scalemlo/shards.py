@@ -118,7 +118,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     long as the product, and pieces of 65536 entries are off by 1e-7.
     """
     a, b = a.reshape(-1), b.reshape(-1)
-    if a.device.type != "cpu" or a.dtype == torch.float64:
-        return (a.double() * b.double()).sum() if a.device.type != "cpu" else torch.dot(a, b)
+    if a.device.type != "cpu":
+        return (a.double() * b.double()).sum()
+    if a.dtype == torch.float64:
+        return torch.dot(a, b)
     pieces = zip(a.float().split(65536), b.float().split(65536), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in pieces]).double().sum()

@@ -9,6 +9,7 @@ outside the large model (example weights, mixtures), no backward pass runs throu
 stored; what remains is the forward directional derivative of its losses.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -93,7 +94,7 @@ def mixed_partial(
     return {key: uppers[key].vector(gradients) for key, gradients in averaged.items()}
 
 
-class _Directional:
+class _Directional(ABC):
     """Runs modules with w moved along v by a traced scalar step."""
 
     def __init__(self, engines: Sequence[Engine], lower: ParameterBlock, v: Shards):
@@ -101,8 +102,9 @@ class _Directional:
         self.called: set[Engine] = set()
         self.weights = {e: {n: e.local(n) for n in e.parameters} for e in engines}  # taken outside torch.func
 
+    @abstractmethod
     def call(self, engine: Engine, overlay: Mapping[str, Tensor], step: Tensor, method: str, args, kwargs) -> Any:
-        raise NotImplementedError
+        """Run one method of a module."""
 
     def noting(self, engine: Engine, call: Callable, method: str, args, kwargs) -> Any:
         self.called.add(engine)
