@@ -6,7 +6,7 @@ from .hypergradients import SAMA, Hypergradient, Identity
 from .level import Level
 from .ops import constant, mean, weighted_mean
 from .program import NonFiniteError, Program
-from .second_order.mixed_partial import DerivativeError
+from .second_order.errors import DerivativeError
 from .shards import Shards
 from .tracking import History
 

@@ -16,11 +16,12 @@ from .distributed import all_reduce_mean_
 from .engines import Engine, ModuleView
 from .engines.base import ParameterBlock
 from .hypergradients import Hypergradient, Identity
+from .hypergradients.base import Method
 from .level import Level, check_loss
 from .precision import LossScaler
 from .rng import seeded
 from .second_order.ghost import GhostProducts
-from .second_order.mixed_partial import Method, mixed_partial
+from .second_order.products import LossAt
 from .shards import Shards
 
 
@@ -168,24 +169,20 @@ class LevelTrainer:
         Returns:
             One vector per upper level.
         """
-        total: dict[str, Shards] = {}
         blocks = {t.name: t.block for t in uppers}
         scale = 1.0
         if self.scaler.enabled:  # tangents of the size of the weights stay clear of fp16's underflow
             scale = float(self.weights().norm() / v.norm().clamp_min(1e-30))
             v = v * scale
-        with seeded(self._seed, self.engine.device):
-            for batch in self.batches:
-                part = mixed_partial(
-                    lambda batch=batch: self.evaluate(batch),
-                    self._engines(),
-                    self.block,
-                    v,
-                    blocks,
-                    method or self.estimator.mixed,
-                )
-                total = {k: total[k].add_(x) for k, x in part.items()} if total else part
-        return {k: x.mul_(1 / (scale * len(self.batches))) for k, x in total.items()}
+        if (method or self.estimator.mixed) == "finite_difference":
+            mixed = self.loss_at().directional_outputs(self.block, v, blocks)
+        else:
+            mixed = self.loss_at().tangents([(self.block, v)], blocks)
+        return {name: x.mul_(1 / scale) for name, x in mixed.items()}
+
+    def loss_at(self) -> LossAt:
+        """The level's loss on the batches of its next step, to be differentiated on the modules' skeletons."""
+        return LossAt(self.evaluate, self.batches, self._seed, self._engines(), self.engine)
 
     def clip(self, gradient: Shards) -> tuple[Shards, float, float]:
         """Scale a gradient to the level's ``max_grad_norm``.

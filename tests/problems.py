@@ -242,7 +242,7 @@ class Measured:
 
 def full_tensors(trainer, shards) -> dict[str, Tensor]:
     """Gather local shards; collective."""
-    return {n: t.detach().clone() for n, t in trainer.engine.gather(dict(shards), cast_first=False).items()}
+    return {n: t.detach().clone() for n, t in trainer.engine.gather(dict(shards)).items()}
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -106,13 +106,13 @@ class Engine(ABC):
         """This rank's shard of a parameter: detached, aliasing the live weights."""
 
     @abstractmethod
-    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
-        """Full tensors in the dtype the live module computes in; differentiable, traceable by torch.func.
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors in the dtype the live module computes in; differentiable in every mode.
+
+        The adjoint is a reduce-scatter (sum) in the dtype of the shards; for replicated parameters nothing is summed.
 
         Args:
             shards: Local shards by parameter name.
-            cast_first: Cast before the collective (fewer bytes), or after it (the adjoint then sums over ranks in the
-                dtype of the shards).
         """
 
     @abstractmethod

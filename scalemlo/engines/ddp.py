@@ -35,7 +35,7 @@ class DDPEngine(ReplicatedEngine):
     """See :class:`DDP`."""
 
     def __init__(self, module: nn.Module, spec: DDP, *, name: str, device: torch.device, may_skip_parameters: bool):
-        super().__init__(module, spec, name=name, device=device, units=())
+        super().__init__(module, spec, name=name, device=device)
         self._ddp = DistributedDataParallel(
             _WithLoss(self.module, may_skip_parameters),
             broadcast_buffers=False,  # a broadcast between two forwards of one loss would break the backward

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from ..distributed import ensure_group, world_size
 from .base import Engine, EngineSpec
 from .gather import RowSharding, gather_rows
+from .units import find_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +124,15 @@ class FSDPEngine(Engine):
         """Rows of this rank."""
         return self.to_local(self._parameters[name].detach())
 
-    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One all-gather per dtype; see :meth:`Engine.gather`."""
-        dtype = self.spec.compute_dtype
-        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+        by_dtype: dict[torch.dtype, list[str]] = defaultdict(list)
         for name, shard in shards.items():
-            shard = shard.to(dtype) if dtype and cast_first else shard
-            by_dtype[shard.dtype][name] = shard
+            by_dtype[shard.dtype].append(name)
         full = {}
-        for group in by_dtype.values():
-            full |= gather_rows(group, self._layout, list(group), self.group)
-        return {name: t.to(dtype) for name, t in full.items()} if dtype else full
+        for dtype, names in by_dtype.items():
+            full |= gather_rows(shards, self._layout, names, self.group, self.spec.compute_dtype or dtype)
+        return full
 
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adjoint of the gather has summed over ranks already; divide."""
@@ -162,45 +161,6 @@ class FSDPEngine(Engine):
         """See :meth:`Engine.from_local`."""
         p = self._parameters[name]
         return DTensor.from_local(t, self._mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)
-
-
-def find_units(module: nn.Module, class_names: Sequence[str] | None, level: str) -> list[str]:
-    """Names of the submodules to shard as a unit each.
-
-    Args:
-        module: The module to shard.
-        class_names: Class names to look for; None for the defaults that :class:`FSDP` documents.
-        level: Name for messages.
-
-    Returns:
-        Submodule names, outermost first, none nested in another.
-
-    Raises:
-        ValueError: If ``class_names`` is given and none of them occurs.
-    """
-    wanted = set(class_names or ())
-    if class_names is None:
-        for m in module.modules():
-            wanted |= set(getattr(m, "_no_split_modules", None) or ())
-    found = _outermost(n for n, m in module.named_modules() if n and type(m).__name__ in wanted)
-    if class_names is not None and not found:
-        known = sorted({type(m).__name__ for m in module.modules()})
-        raise ValueError(
-            f"level {level!r}: no submodule has a class of units={list(class_names)}; classes here: {known}."
-        )
-    if found:
-        return found
-    lists = [n for n, m in module.named_modules() if n and isinstance(m, nn.ModuleList)]
-    members = [f"{n}.{i}" for n in _outermost(lists) for i in range(len(module.get_submodule(n)))]
-    return [n for n in members if any(True for _ in module.get_submodule(n).parameters())]
-
-
-def _outermost(names) -> list[str]:
-    kept: list[str] = []
-    for name in names:
-        if not any(name.startswith(k + ".") for k in kept):
-            kept.append(name)
-    return kept
 
 
 def _cast(tree: Any, dtype: torch.dtype) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_main_process, world_size
 from .base import Engine, EngineSpec
+from .units import find_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,14 @@ class Single(EngineSpec):
                 f"level {name!r}: engine Single runs in one process, but {world_size()} are running. "
                 "Use engine=DDP() or FSDP()."
             )
-        return SingleEngine(module, self, name=name, device=device, units=())
+        return SingleEngine(module, self, name=name, device=device)
 
 
 class ReplicatedEngine(Engine):
     """What Single and DDP share: every rank holds whole parameters."""
+
+    def __init__(self, module: nn.Module, spec: EngineSpec, *, name: str, device: torch.device):
+        super().__init__(module, spec, name=name, device=device, units=find_units(module, None, name))
 
     @property
     def group(self) -> None:
@@ -49,7 +53,7 @@ class ReplicatedEngine(Engine):
         """The whole parameter."""
         return self.parameters[name].detach()
 
-    def gather(self, shards: Mapping[str, Tensor], *, cast_first: bool = True) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing to gather; autocast casts inside the operations."""
         return dict(shards)
 

@@ -4,13 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..second_order.mixed_partial import METHODS, Method
 from ..shards import Shards
+
+Method = Literal["forward", "finite_difference", "ghost"]
+METHODS: tuple[Method, ...] = ("forward", "finite_difference", "ghost")
+"""How a mixed partial is taken."""
 
 
 class Status(Enum):
@@ -60,8 +63,8 @@ class Hypergradient(ABC):
 
     Args:
         mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
-            :func:`scalemlo.second_order.mixed_partial.mixed_partial`; or ``"ghost"``, exact and nearly free where the
-            lower loss is a weighted mean, see :mod:`scalemlo.second_order.ghost`.
+            :mod:`scalemlo.second_order.products`; or ``"ghost"``, exact and nearly free where the lower loss is a
+            weighted mean, see :mod:`scalemlo.second_order.ghost`.
 
     Raises:
         ValueError: If ``mixed`` is unknown, or ``"ghost"`` with an estimator that needs the lower gradient first.

@@ -27,7 +27,7 @@ from ..distributed import any_rank
 from ..engines.base import ParameterBlock
 from ..ops import WeightedMeanTape, weighted_mean
 from ..shards import Shards
-from .mixed_partial import DerivativeError
+from .errors import DerivativeError
 from .skeleton import Layer
 
 WAY_OUT = "Use mixed='forward', which has no such condition."
@@ -155,10 +155,8 @@ class GhostProducts:
 
     def _tangent_by_jvp(self, layer: Layer, module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         """For norms and whatever else: small modules, whose forward derivative by their parameters is cheap."""
-        if any(True for _ in module.children()) or layer.path == layer.unit:
-            raise DerivativeError(
-                f"ghost products: {layer.path!r} holds weights beside submodules, or is a unit. {WAY_OUT}"
-            )
+        if any(True for _ in module.children()):
+            raise DerivativeError(f"ghost products: {layer.path!r} holds weights beside submodules. {WAY_OUT}")
         engine = self.block.engine
         full = engine.gather({name: engine.local(name) for name in layer.parameters.values()})
         weights = {attribute: full[name] for attribute, name in layer.parameters.items()}

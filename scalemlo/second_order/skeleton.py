@@ -3,12 +3,12 @@
 The live module belongs to its engine: its parameters are sharded, hooked and in the optimizer. Derivatives that no
 stock engine computes run on the skeleton instead: the same forward code, parameters on the meta device, and, while a
 unit (a block, or what is left at the root) is executing, whatever tensors the caller lends it: gathered weights,
-perturbed weights, dual numbers. Nothing is ever written to the live weights, so they are bit-identical afterwards by
+moved weights, dual numbers. Nothing is ever written to the live weights, so they are bit-identical afterwards by
 construction.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -16,8 +16,25 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-Lender = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Given canonical parameter names, returns the full tensors to compute with."""
+from .remat import remat
+
+
+@dataclass(frozen=True)
+class Lender:
+    """What a skeleton computes with.
+
+    Args:
+        shards: Local shards of all parameters of the module, by canonical name.
+        gather: Makes whole tensors of some of them.
+        at_once: Lend all units' tensors from the start, where they are whole anyway, so that a module may also use a
+            block's weights outside the block's forward.
+        remat: Run every unit again in the backward pass, with its weights gathered again, instead of keeping its graph.
+    """
+
+    shards: Mapping[str, Tensor]
+    gather: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    at_once: bool = False
+    remat: bool = False
 
 
 @dataclass
@@ -26,7 +43,6 @@ class Unit:
 
     name: str
     slots: list[tuple[nn.Module, str, str]] = field(default_factory=list)  # (owner, attribute, canonical name)
-    depth: int = 0  # > 0 while lent
 
     @property
     def names(self) -> list[str]:
@@ -107,28 +123,44 @@ class Skeleton:
 
     def call(self, method: str, args: tuple, kwargs: dict) -> object:
         """Run a method of the root module (``"forward"`` or any other) with the lent weights."""
-        with self.borrowed(self.units[0]):
+        lender = self._lender
+        assert lender is not None, "a skeleton runs only inside `lent`"
+        units = self.units if lender.at_once else self.units[:1]
+        names = dict.fromkeys(name for unit in units for name in unit.names)
+        with _borrowed(units, lender.gather({name: lender.shards[name] for name in names})):
             bound = self.module if method == "forward" else getattr(self.module, method)
             return bound(*args, **kwargs)
 
-    @contextmanager
-    def borrowed(self, unit: Unit) -> Iterator[None]:
-        """Put the lent tensors of one unit in place for the duration."""
-        assert self._lender is not None, "a skeleton runs only inside `lent`"
-        if unit.depth == 0 and unit.slots:
-            tensors = self._lender(unit.names)
-            placeholders = [owner._parameters[attribute] for owner, attribute, _ in unit.slots]
-            for owner, attribute, name in unit.slots:
-                owner._parameters[attribute] = tensors[name]  # type: ignore[assignment]  # not an nn.Parameter, on purpose
-            del tensors
-        unit.depth += 1
-        try:
-            yield
-        finally:
-            unit.depth -= 1
-            if unit.depth == 0 and unit.slots:
-                for (owner, attribute, _), placeholder in zip(unit.slots, placeholders, strict=True):
-                    owner._parameters[attribute] = placeholder
+    def run_unit(self, unit: Unit, forward: Callable, args: tuple, kwargs: dict) -> object:
+        """Run one unit's forward with what it is lent; outside :meth:`lent`, with what it holds."""
+        lender = self._lender
+        if lender is None or (lender.at_once and not lender.remat):
+            return forward(*args, **kwargs)
+
+        def with_shards(shards: Mapping[str, Tensor], args: tuple, kwargs: dict) -> object:
+            with _borrowed([unit], lender.gather(shards)):
+                return forward(*args, **kwargs)
+
+        shards = {name: lender.shards[name] for name in unit.names}
+        return (remat if lender.remat else _call)(with_shards, shards, args, kwargs)
+
+
+@contextmanager
+def _borrowed(units: Iterable[Unit], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of the parameters of some units for the duration."""
+    slots = [slot for unit in units for slot in unit.slots]
+    before = [owner._parameters[attribute] for owner, attribute, _ in slots]
+    for owner, attribute, name in slots:
+        owner._parameters[attribute] = tensors[name]  # type: ignore[assignment]  # not an nn.Parameter, on purpose
+    try:
+        yield
+    finally:
+        for (owner, attribute, _), tensor in zip(slots, before, strict=True):
+            owner._parameters[attribute] = tensor
+
+
+def _call(function: Callable, *args: object) -> object:
+    return function(*args)
 
 
 def _structure(module: nn.Module) -> nn.Module:
@@ -163,7 +195,6 @@ def _lend_around_forward(skeleton: Skeleton, unit: Unit) -> None:
     forward = module.forward
 
     def forward_with_lent_weights(*args, **kwargs):
-        with skeleton.borrowed(unit):
-            return forward(*args, **kwargs)
+        return skeleton.run_unit(unit, forward, args, kwargs)
 
     module.forward = forward_with_lent_weights  # type: ignore[method-assign]

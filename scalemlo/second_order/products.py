@@ -1,0 +1,238 @@
+"""Exact products with second derivatives of a level's loss, on the shards of any engine.
+
+One primitive serves them all: with some parameters p moving along directions d,
+
+    d/de grad_q L(p + e d) at e = 0    for wanted parameters q.
+
+Lower weights moving and wanted: the Hessian-vector product. Lower weights moving, upper parameters wanted: the mixed
+partial ``d/dlambda <dL/dw, v>``. Upper parameters moving, lower weights wanted: its transpose. It is computed forward
+over reverse: dual numbers outside, reverse mode inside. Where the wanted parameters enter outside the large model
+(example weights, mixtures), no backward pass runs through that model and no graph of it is stored; what remains is the
+forward directional derivative of its losses. Elsewhere units are rematerialised (:mod:`.remat`), so that two units'
+weights, the root's and one block's, are gathered at most.
+
+Modules run on their skeletons, in the precision of the live modules, with attention in torch's own operations: fused
+kernels have neither forward nor second derivatives.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..distributed import all_reduce_mean_
+from ..engines.base import Engine, ParameterBlock
+from ..rng import seeded
+from ..shards import Shards
+from .errors import DerivativeError, explained
+from .finite_difference import CentralDifference
+from .skeleton import Lender
+from .stop_gradient import NoGradIsConstant
+
+Blocks = Mapping[str, ParameterBlock]
+Vector = tuple[ParameterBlock, Shards]
+"""A vector and the parameters it belongs to."""
+
+
+@dataclass(frozen=True)
+class LossAt:
+    """A level's loss at one point: the mean over ranks and micro-batches of what ``evaluate`` returns.
+
+    Args:
+        evaluate: This rank's loss on one micro-batch, calling modules through their views.
+        batches: Micro-batches.
+        seed: Random numbers (dropout masks) are drawn from it, micro-batch after micro-batch.
+        engines: All engines the loss may call.
+        required: An engine it must call: derivatives by its weights would otherwise be silently zero.
+        point: Weights to use in the place of the live ones.
+        remat: Whether units are run again in the backward pass instead of keeping their graph.
+    """
+
+    evaluate: Callable[[Any], Tensor]
+    batches: Sequence[Any]
+    seed: int
+    engines: Sequence[Engine]
+    required: Engine
+    point: Sequence[Vector] = ()
+    remat: bool = True
+
+    def at(self, *point: Vector) -> "LossAt":
+        """The same loss at other weights."""
+        return replace(self, point=point)
+
+    def value(self) -> float:
+        """The loss."""
+        total = torch.zeros((), dtype=torch.float64, device=self.required.device)
+        with self.running(), torch.no_grad():
+            for batch in self.batches:
+                total += self.local_loss(batch, self.weights())
+        return float(all_reduce_mean_(total / len(self.batches)))
+
+    def gradient(self, wanted: Blocks) -> dict[str, Shards]:
+        """First derivatives, at weights that need not be the live ones.
+
+        Args:
+            wanted: Parameters by any key.
+
+        Returns:
+            One vector per key, mean over ranks and micro-batches.
+        """
+        return self._differentiate((), wanted, lambda x: x)
+
+    def tangents(self, moving: Sequence[Vector], wanted: Blocks) -> dict[str, Shards]:
+        """``d/de`` of the gradient by the wanted parameters while others move; see the module's docstring.
+
+        Args:
+            moving: Directions, linear in all of them together.
+            wanted: Parameters by any key.
+
+        Returns:
+            One vector per key, mean over ranks and micro-batches, laid out like the block.
+
+        Raises:
+            DerivativeError: If an operation does not support the derivative, or the loss uses a weight behind its
+                unit's back.
+        """
+        return self._differentiate(moving, wanted, _tangent)
+
+    def directional_outputs(self, lower: ParameterBlock, v: Shards, wanted: Blocks) -> dict[str, Shards]:
+        """The mixed partial with central differences of the lower module's outputs, the rest of the loss exact.
+
+        Args:
+            lower: The parameters w, in one module.
+            v: Direction.
+            wanted: The parameters lambda.
+
+        Returns:
+            As :meth:`tangents`.
+        """
+        return self._differentiate((), wanted, _tangent, CentralDifference(lower, v))
+
+    def _differentiate(
+        self,
+        moving: Sequence[Vector],
+        wanted: Blocks,
+        part: Callable[[Tensor], Tensor | None],
+        difference: CentralDifference | None = None,
+    ) -> dict[str, Shards]:
+        total: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
+        dual = fwAD.dual_level() if moving or difference else nullcontext()
+        with explained(), self.running():
+            for batch in self.batches:
+                with dual:
+                    weights = self.weights()
+                    for block, direction in moving:
+                        held = weights[block.engine]
+                        for name in block.names:
+                            held[name] = fwAD.make_dual(held[name], direction[name])
+                    if difference is not None:
+                        difference.start()
+                    leaves = {key: {n: weights[b.engine][n] for n in b.names} for key, b in wanted.items()}
+                    loss = partial(self._loss_of_leaves, batch, weights, moving, wanted, difference)
+                    gradients = torch.func.grad(loss)(leaves)
+                    for key, by_name in gradients.items():
+                        for name, gradient in by_name.items():
+                            found = part(gradient)
+                            if found is not None:
+                                found = found.detach() / len(self.batches)
+                                total[key][name] = total[key][name].add_(found) if name in total[key] else found
+        averaged = {key: block.engine.average_gradients(_filled(block, total[key])) for key, block in wanted.items()}
+        return {key: block.vector(averaged[key]) for key, block in wanted.items()}
+
+    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, leaves) -> Tensor:
+        traced = {engine: dict(held) for engine, held in weights.items()}
+        for key, block in wanted.items():
+            traced[block.engine] |= leaves[key]
+        with NoGradIsConstant():
+            return self.local_loss(batch, traced, [*(b for b, _ in moving), *wanted.values()], difference)
+
+    # ---- running the loss on skeletons -----------------------------------------------------------------------------
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Random numbers and attention as every pass of this loss needs them."""
+        with seeded(self.seed, self.required.device), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    def weights(self) -> dict[Engine, dict[str, Tensor]]:
+        """Local shards of all parameters, at this point."""
+        weights = {engine: {n: engine.local(n) for n in engine.parameters} for engine in self.engines}
+        for block, shards in self.point:
+            weights[block.engine] |= shards
+        return weights
+
+    def local_loss(
+        self,
+        batch: Any,
+        weights: Mapping[Engine, Mapping[str, Tensor]],
+        traced: Sequence[ParameterBlock] = (),
+        difference: CentralDifference | None = None,
+    ) -> Tensor:
+        """This rank's loss on one micro-batch with given shards.
+
+        Args:
+            batch: The micro-batch.
+            weights: Local shards of every engine.
+            traced: Blocks whose shards carry derivatives; the rest is gathered apart from them, at half the bytes.
+            difference: Runs the module of its own engine, if given.
+
+        Returns:
+            The loss.
+
+        Raises:
+            DerivativeError: If the loss never calls the module of the engine that it must call.
+        """
+        called: set[Engine] = set()
+        with ExitStack() as stack:
+            for engine in self.engines:
+                groups = [set(block.names) for block in traced if block.engine is engine]
+                lender = Lender(
+                    weights[engine],
+                    partial(_gather_apart, engine, groups),
+                    at_once=engine.group is None,
+                    remat=self.remat and bool(traced) and difference is None,
+                )
+                run = partial(_run, engine, lender)
+                if difference is not None and engine is difference.lower.engine:
+                    run = partial(difference.call, lender)
+                stack.enter_context(engine.functional(partial(_noting, called, engine, run)))
+            loss = self.evaluate(batch)
+        if self.required not in called:
+            raise DerivativeError(
+                f"the loss of level '{self.required.name}' never calls its module through `self.module`: derivatives "
+                "by its weights would be zero. Do not keep the module under another name."
+            )
+        return loss
+
+
+def _run(engine: Engine, lender: Lender, method: str, args: tuple, kwargs: dict) -> Any:
+    with engine.skeleton.lent(lender):
+        return engine.call_skeleton(method, args, kwargs)
+
+
+def _noting(called: set[Engine], engine: Engine, run: Callable, method: str, args: tuple, kwargs: dict) -> Any:
+    called.add(engine)
+    return run(method, args, kwargs)
+
+
+def _gather_apart(engine: Engine, groups: Sequence[set[str]], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather constants and each traced block in collectives of their own: a constant needs no tangent and no adjoint."""
+    full: dict[str, Tensor] = {}
+    left = dict(shards)
+    for group in groups:
+        members = {n: left.pop(n) for n in list(left) if n in group}
+        full |= engine.gather(members) if members else {}
+    return full | (engine.gather(left) if left else {})
+
+
+def _tangent(x: Tensor) -> Tensor | None:
+    return fwAD.unpack_dual(x).tangent
+
+
+def _filled(block: ParameterBlock, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: found[n] if n in found else torch.zeros_like(block.engine.local(n)) for n in block.names}
