@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .data import BatchStream
 from .distributed import any_rank, initialize, is_main_process, rank, world_size
 from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
+from .hypergradients import Result
 from .level import Level
 from .second_order.ghost import GhostProducts, check_products
 from .shards import Shards
@@ -258,8 +260,10 @@ class Program:
                 continue
             lower = self.trainers[lower_name]
             with self._phase(lower, "solve"):
-                solution = lower.estimator.solve(v, lower).value
-            del v
+                result_of_solve = lower.estimator.solve(v, lower.asked_by(name))
+            self._note_solve(lower, result_of_solve)
+            solution = result_of_solve.value
+            del v, result_of_solve
             uppers = [self.trainers[n] for n in targets]
             if lower.estimator.mixed == "ghost":
                 mixed = self._gradient_with_products(lower, solution, uppers)
@@ -381,6 +385,26 @@ class Program:
     # ---- small things ----------------------------------------------------------------------------------------------
     def _phase(self, trainer: LevelTrainer, name: str):
         return self.history.phase(trainer.name, name, self.device)
+
+    def _note_solve(self, lower: LevelTrainer, result: Result) -> None:
+        """Record how a solve ended; say once per level and ending what was not as asked for."""
+        if result.num_hvps:
+            self._note(f"hvps/{lower.name}", result.num_hvps)
+            self._note(f"iterations/{lower.name}", result.num_iterations)
+        if result.residual is not None:
+            self._note(f"residual/{lower.name}", result.residual)
+        if result.status.is_good:
+            return
+        key = f"{lower.name}/{result.status.name.lower()}"
+        self.history.solves[key] = self.history.solves.get(key, 0) + 1
+        if self.history.solves[key] == 1 and is_main_process():
+            residual = "" if result.residual is None else f", relative residual {result.residual:.1e}"
+            warnings.warn(
+                f"level {lower.name!r}, outer step {self.num_steps + 1}: {type(lower.estimator).__name__} "
+                f"{result.status.value} ({result.num_iterations} iterations{residual}). Said once; "
+                "history.solves counts them.",
+                stacklevel=2,
+            )
 
     def _note(self, key: str, value: float) -> None:
         self._record.setdefault(key, []).append(value)

@@ -39,15 +39,18 @@ class History:
 
     Attributes:
         steps: One dict per outer iteration: ``step``, and per level ``loss/<name>``, ``gradient_norm/<name>`` (before
-            clipping) and ``lr/<name>``, means over the iteration.
+            clipping) and ``lr/<name>``, means over the iteration; where its Hessian was asked for also ``hvps/<name>``,
+            ``iterations/<name>`` and ``residual/<name>``.
         phases: Statistics by ``"<level>/<phase>"``.
         skipped: Number of skipped updates by ``"<level>/<phase>"`` where a value was not finite.
+        solves: Number of solves by ``"<level>/<status>"`` that did not end as asked for.
         interrupted: Whether Ctrl-C ended the run early.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     phases: dict[str, PhaseStats] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    solves: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
     def column(self, key: str) -> list[float]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .level import Level, check_loss
 from .precision import LossScaler
 from .rng import seeded
 from .second_order.ghost import GhostProducts
+from .second_order.hessian import HessianOperator, Products, hessian
 from .second_order.products import LossAt
 from .shards import Shards
 
@@ -55,10 +56,15 @@ class LevelTrainer:
         self.scaler = LossScaler.for_dtype(engine.spec.dtype)
         self.num_steps = 0
         self.batches: list[Any] = []
+        self.memory: dict[str, dict[str, Any]] = {}  # of the estimator, by the level that asks
         self._seed = 0
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
-    # ---- LowerProblem: what an estimator may ask -----------------------------------------------------------------
+    # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
+    def asked_by(self, level: str) -> "Asked":
+        """The level as a problem that one level above wants solved."""
+        return Asked(self, self.memory.setdefault(level, {}))
+
     gradient: Callable[[], tuple[Shards, float]]
     """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
 
@@ -206,6 +212,26 @@ class LevelTrainer:
 
     def _engines(self) -> list[Engine]:
         return list(dict.fromkeys([self.engine, *(t.engine for t in self.others.values())]))
+
+
+class Asked:
+    """A level as :class:`scalemlo.hypergradients.LowerProblem`.
+
+    Args:
+        trainer: The level.
+        memory: What its estimator keeps for the level that asks.
+    """
+
+    def __init__(self, trainer: LevelTrainer, memory: dict[str, Any]):
+        self.memory = memory
+        self.name, self.optimizer = trainer.name, trainer.optimizer
+        self.weights, self.gradient = trainer.weights, trainer.gradient
+        self.optimizer_state, self.parameter_group = trainer.optimizer_state, trainer.parameter_group
+        self._trainer = trainer
+
+    def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
+        """``v -> H v`` of the level's loss on the batches of its next step, while inside the context."""
+        return hessian(self._trainer.loss_at(), self._trainer.block, products)
 
 
 def _bind_optimizer(level: Level, block: ParameterBlock) -> Optimizer:

@@ -106,6 +106,10 @@ class Engine(ABC):
         """This rank's shard of a parameter: detached, aliasing the live weights."""
 
     @abstractmethod
+    def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's shards of tensors that every rank holds whole; the inverse of :meth:`gather`."""
+
+    @abstractmethod
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors in the dtype the live module computes in; differentiable in every mode.
 

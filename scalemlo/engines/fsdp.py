@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from ..distributed import ensure_group, world_size
+from ..distributed import ensure_group, rank, world_size
 from .base import Engine, EngineSpec
 from .gather import RowSharding, gather_rows
 from .units import find_units
@@ -123,6 +123,10 @@ class FSDPEngine(Engine):
     def local(self, name: str) -> Tensor:
         """Rows of this rank."""
         return self.to_local(self._parameters[name].detach())
+
+    def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of this rank."""
+        return {name: t[self._layout[name].local_rows(rank())].clone() for name, t in full.items()}
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One all-gather per dtype; see :meth:`Engine.gather`."""

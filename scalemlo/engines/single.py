@@ -53,6 +53,10 @@ class ReplicatedEngine(Engine):
         """The whole parameter."""
         return self.parameters[name].detach()
 
+    def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing to split."""
+        return dict(full)
+
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing to gather; autocast casts inside the operations."""
         return dict(shards)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, Protocol
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..second_order.hessian import PRODUCTS, HessianOperator, Products
 from ..shards import Shards
 
 Method = Literal["forward", "finite_difference", "ghost"]
@@ -20,13 +22,30 @@ class Status(Enum):
     """How a solve ended."""
 
     EXACT = "closed form, nothing was iterated"
+    DONE = "took the number of steps it was given"
     CONVERGED = "reached its tolerance"
-    MAX_STEPS = "stopped at its limit of steps; try increasing it"
+    MAX_STEPS = "stopped at its limit of steps before its tolerance; try more steps, a looser tolerance or damping"
+    INDEFINITE = "met a direction of negative curvature, stopped there; try damping, or more lower steps in between"
+    SINGULAR = "met a direction of no curvature, stopped there; try damping"
+    DIVERGED = "the residual grew; try a smaller step_size, or damping"
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the result is what was asked for."""
+        return self in (Status.EXACT, Status.DONE, Status.CONVERGED)
 
 
 @dataclass(frozen=True)
 class Result:
-    """``s(v)``, the estimate of H^-1 v, and how it was reached."""
+    """``s(v)``, the estimate of H^-1 v, and how it was reached.
+
+    Args:
+        value: The estimate.
+        status: How the solve ended.
+        num_iterations: Iterations of the solver.
+        num_hvps: Hessian-vector products it took.
+        residual: ``|v - H s| / |v|``, where the solver knows it.
+    """
 
     value: Shards
     status: Status
@@ -36,10 +55,12 @@ class Result:
 
 
 class LowerProblem(Protocol):
-    """The lower level at the current point, as an estimator sees it."""
+    """The lower level at the current point, as an estimator sees it, asked by one level above."""
 
     name: str
     optimizer: Optimizer
+    memory: dict[str, Any]
+    """What the estimator keeps from one solve to the next (vectors, numbers), for this pair of levels."""
 
     def weights(self) -> Shards:
         """Its parameters."""
@@ -52,6 +73,9 @@ class LowerProblem(Protocol):
 
     def parameter_group(self, name: str) -> Mapping[str, Any]:
         """The optimizer's options of one parameter."""
+
+    def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
+        """``v -> H v`` of its loss on the batches of its next step, while inside the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +111,24 @@ class Hypergradient(ABC):
     @abstractmethod
     def solve(self, v: Shards, problem: LowerProblem) -> Result:
         """Return s(v)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureHypergradient(Hypergradient):
+    """An estimator that takes Hessian-vector products.
+
+    Args:
+        mixed: See :class:`Hypergradient`.
+        products: How they are had: ``"remat"``, ``"retain"``, or ``"auto"``; see
+            :data:`scalemlo.second_order.hessian.PRODUCTS`.
+
+    Raises:
+        ValueError: If ``products`` is unknown.
+    """
+
+    products: Products = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.products not in PRODUCTS:
+            raise ValueError(f"products={self.products!r} is unknown; choose one of {list(PRODUCTS)}.")

@@ -14,6 +14,7 @@ def explained() -> Iterator[None]:
 
     Raises:
         DerivativeError: In the place of an error that is recognised.
+        RuntimeError: Any other, as it is.
     """
     try:
         yield

@@ -51,7 +51,6 @@ class LossAt:
         engines: All engines the loss may call.
         required: An engine it must call: derivatives by its weights would otherwise be silently zero.
         point: Weights to use in the place of the live ones.
-        remat: Whether units are run again in the backward pass instead of keeping their graph.
     """
 
     evaluate: Callable[[Any], Tensor]
@@ -60,7 +59,6 @@ class LossAt:
     engines: Sequence[Engine]
     required: Engine
     point: Sequence[Vector] = ()
-    remat: bool = True
 
     def at(self, *point: Vector) -> "LossAt":
         """The same loss at other weights."""
@@ -94,10 +92,7 @@ class LossAt:
 
         Returns:
             One vector per key, mean over ranks and micro-batches, laid out like the block.
-
-        Raises:
-            DerivativeError: If an operation does not support the derivative, or the loss uses a weight behind its
-                unit's back.
+        An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
         """
         return self._differentiate(moving, wanted, _tangent)
 
@@ -172,6 +167,8 @@ class LossAt:
         weights: Mapping[Engine, Mapping[str, Tensor]],
         traced: Sequence[ParameterBlock] = (),
         difference: CentralDifference | None = None,
+        *,
+        keep_graph: bool = False,
     ) -> Tensor:
         """This rank's loss on one micro-batch with given shards.
 
@@ -180,6 +177,7 @@ class LossAt:
             weights: Local shards of every engine.
             traced: Blocks whose shards carry derivatives; the rest is gathered apart from them, at half the bytes.
             difference: Runs the module of its own engine, if given.
+            keep_graph: Whether units keep the graph of their forward instead of running again in the backward.
 
         Returns:
             The loss.
@@ -195,7 +193,7 @@ class LossAt:
                     weights[engine],
                     partial(_gather_apart, engine, groups),
                     at_once=engine.group is None,
-                    remat=self.remat and bool(traced) and difference is None,
+                    remat=bool(traced) and difference is None and not keep_graph,
                 )
                 run = partial(_run, engine, lender)
                 if difference is not None and engine is difference.lower.engine:
@@ -221,7 +219,7 @@ def _noting(called: set[Engine], engine: Engine, run: Callable, method: str, arg
 
 
 def _gather_apart(engine: Engine, groups: Sequence[set[str]], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather constants and each traced block in collectives of their own: a constant needs no tangent and no adjoint."""
+    """Gather constants apart from each traced block: a constant needs no tangent and no adjoint."""
     full: dict[str, Tensor] = {}
     left = dict(shards)
     for group in groups:

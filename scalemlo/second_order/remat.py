@@ -7,7 +7,7 @@ with tangents, and between the two only the function's inputs and their tangents
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
