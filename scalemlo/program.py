@@ -259,20 +259,25 @@ class Program:
             if v is None or not targets:
                 continue
             lower = self.trainers[lower_name]
-            with self._phase(lower, "solve"):
-                result_of_solve = lower.estimator.solve(v, lower.asked_by(name))
-            self._note_solve(lower, result_of_solve)
-            solution = result_of_solve.value
-            del v, result_of_solve
-            uppers = [self.trainers[n] for n in targets]
-            if lower.estimator.mixed == "ghost":
-                mixed = self._gradient_with_products(lower, solution, uppers)
-            else:
-                with self._phase(lower, "mixed partial"):
-                    mixed = lower.compute_mixed(solution, uppers)
-            for target, product in mixed.items():
-                adjoints[target] = adjoints[target].add_(product, alpha=-1.0) if target in adjoints else -product
+            for target, product in self._pull_back(v, lower, trainer, [self.trainers[n] for n in targets]).items():
+                adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
+            del v
         return result.loss, adjoints[name]
+
+    def _pull_back(
+        self, v: Shards, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]
+    ) -> dict[str, Shards]:
+        """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
+        problem = lower.asked_by(level, uppers)
+        if lower.estimator.mixed == "ghost":
+            with self._phase(lower, "solve"):
+                result = lower.estimator.solve(v, problem)
+            found = {n: -x for n, x in self._gradient_with_products(lower, result.value, uppers).items()}
+        else:
+            with self._phase(lower, "hypergradient"):
+                found, result = lower.estimator.pull_back(v, problem)
+        self._note_solve(lower, result)
+        return found
 
     def _gradient_with_products(
         self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]

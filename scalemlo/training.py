@@ -61,9 +61,17 @@ class LevelTrainer:
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
-    def asked_by(self, level: str) -> "Asked":
-        """The level as a problem that one level above wants solved."""
-        return Asked(self, self.memory.setdefault(level, {}))
+    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"]) -> "Asked":
+        """The level as a problem that a level above wants solved.
+
+        Args:
+            level: The level whose gradient is being computed.
+            uppers: The levels directly above this one that lie on the way to it.
+
+        Returns:
+            What the estimator is given.
+        """
+        return Asked(self, level, uppers)
 
     gradient: Callable[[], tuple[Shards, float]]
     """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
@@ -215,23 +223,37 @@ class LevelTrainer:
 
 
 class Asked:
-    """A level as :class:`scalemlo.hypergradients.LowerProblem`.
+    """A level as :class:`scalemlo.hypergradients.LowerProblem`; arguments as in :meth:`LevelTrainer.asked_by`."""
 
-    Args:
-        trainer: The level.
-        memory: What its estimator keeps for the level that asks.
-    """
+    def __init__(self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]):
+        self.memory = lower.memory.setdefault(level.name, {})
+        self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block
+        self.weights, self.gradient = lower.weights, lower.gradient
+        self.optimizer_state, self.parameter_group = lower.optimizer_state, lower.parameter_group
+        self._lower, self._level, self._uppers = lower, level, uppers
 
-    def __init__(self, trainer: LevelTrainer, memory: dict[str, Any]):
-        self.memory = memory
-        self.name, self.optimizer = trainer.name, trainer.optimizer
-        self.weights, self.gradient = trainer.weights, trainer.gradient
-        self.optimizer_state, self.parameter_group = trainer.optimizer_state, trainer.parameter_group
-        self._trainer = trainer
+    @property
+    def uppers(self) -> dict[str, ParameterBlock]:
+        """Parameters of the levels above that the hypergradient goes to, by level name."""
+        return {upper.name: upper.block for upper in self._uppers}
+
+    @property
+    def loss(self) -> LossAt:
+        """The level's loss on the batches of its next step."""
+        return self._lower.loss_at()
+
+    @property
+    def upper_loss(self) -> LossAt:
+        """The loss of the level that asks, on the batches of its next step."""
+        return self._level.loss_at()
 
     def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
         """``v -> H v`` of the level's loss on the batches of its next step, while inside the context."""
-        return hessian(self._trainer.loss_at(), self._trainer.block, products)
+        return hessian(self.loss, self.block, products)
+
+    def mixed(self, v: Shards) -> dict[str, Shards]:
+        """Mixed partials with v, the way the estimator wants them taken."""
+        return self._lower.compute_mixed(v, self._uppers)
 
 
 def _bind_optimizer(level: Level, block: ParameterBlock) -> Optimizer:

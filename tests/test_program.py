@@ -594,7 +594,7 @@ def test_history(tmp_path):
     assert history.column("no such column") == []
     phases = {
         "rater/data", "finetune/data", "rater/direct gradient", "finetune/gradient", "finetune/solve",
-        "finetune/mixed partial", "rater/step", "finetune/step",
+        "finetune/hypergradient", "rater/step", "finetune/step",
     }  # fmt: skip
     assert set(history.phases) == phases
     assert all(stats.num_calls == 3 and stats.peak_bytes > 0 for stats in history.phases.values())

@@ -1,6 +1,5 @@
 """What an estimator of the inverse Hessian sees, and what it returns."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..engines.base import ParameterBlock
 from ..second_order.hessian import PRODUCTS, HessianOperator, Products
+from ..second_order.products import LossAt
 from ..shards import Shards
 
 Method = Literal["forward", "finite_difference", "ghost"]
@@ -77,9 +78,28 @@ class LowerProblem(Protocol):
     def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
         """``v -> H v`` of its loss on the batches of its next step, while inside the context."""
 
+    def mixed(self, v: Shards) -> dict[str, Shards]:
+        """``d/dlambda <dL/dw, v>`` for each level above that the hypergradient goes to, by name."""
+
+    @property
+    def block(self) -> ParameterBlock:
+        """Its parameters, in their engine."""
+
+    @property
+    def uppers(self) -> dict[str, ParameterBlock]:
+        """The parameters of the levels above that the hypergradient goes to, by level name."""
+
+    @property
+    def loss(self) -> LossAt:
+        """Its loss on the batches of its next step, to be differentiated at any weights."""
+
+    @property
+    def upper_loss(self) -> LossAt:
+        """The loss of the level that asks, on the batches of its next step."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Hypergradient(ABC):
+class Hypergradient:
     """How upper levels differentiate through a lower level.
 
     With F the upper loss, L the lower loss and v = dF/dw, an upper level's gradient is
@@ -108,9 +128,30 @@ class Hypergradient(ABC):
                 "needs that gradient first. Use mixed='forward', or Identity(mixed='ghost')."
             )
 
-    @abstractmethod
     def solve(self, v: Shards, problem: LowerProblem) -> Result:
-        """Return s(v)."""
+        """Return s(v).
+
+        Args:
+            v: Gradient of the upper loss by the lower weights.
+            problem: The lower level.
+
+        Raises:
+            NotImplementedError: If the estimator is not of that form; it overrides :meth:`pull_back` then.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not estimate H^-1 v")
+
+    def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
+        """One hop of the hypergradient, from the lower weights to the levels above.
+
+        Args:
+            v: Gradient of the upper loss by the lower weights.
+            problem: The lower level.
+
+        Returns:
+            What to add to the gradient of each upper level, by name: ``-d2L/dlambda dw . s(v)``; and how it was had.
+        """
+        result = self.solve(v, problem)
+        return {name: -product for name, product in problem.mixed(result.value).items()}, result
 
 
 @dataclass(frozen=True, kw_only=True)
