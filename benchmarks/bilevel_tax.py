@@ -3,7 +3,8 @@
     python benchmarks/bilevel_tax.py [--quick] [--json PATH]
 
 Variants: ``plain``; ``exact``, the forward derivative of the losses; ``fd``, central differences of them; ``ghost``,
-products out of the lower step's own backward pass, which share its forward.
+products out of the lower step's own backward pass, which share its forward. The language model trains whole (``full``)
+or through LoRA of rank 8 in all its linear layers but the head (``lora``), its base frozen.
 
 One outer iteration of example reweighting (weight net above, language model below) is K lower steps and one upper step.
 The upper step needs the gradient of the upper loss by the language model (a plain backward) and the mixed partial. The
@@ -31,13 +32,14 @@ BATCH, LENGTH = 4, 128
 
 def worker(cases: list, num_iterations: int, num_layers: int) -> list[dict]:
     """Median CPU-seconds of one outer iteration and peak bytes, of one case after the other."""
-    return [measured(variant, unroll_steps, num_iterations, num_layers) for variant, unroll_steps in cases]
+    return [measured(*case, num_iterations, num_layers) for case in cases]
 
 
-def measured(variant: str, unroll_steps: int, num_iterations: int, num_layers: int) -> dict:
+def measured(trained: str, variant: str, unroll_steps: int, num_iterations: int, num_layers: int) -> dict:
     """One case."""
     import torch
     import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +52,8 @@ def measured(variant: str, unroll_steps: int, num_iterations: int, num_layers: i
     reset_peak_bytes(cpu)
     before = peak_bytes(cpu)
     model = LlamaForCausalLM(LlamaConfig(**MODEL, num_hidden_layers=num_layers))
+    if trained == "lora":
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
     train, meta = ([torch.randint(0, 2000, (BATCH, LENGTH)) for _ in range(4)] for _ in range(2))
 
@@ -68,7 +72,7 @@ def measured(variant: str, unroll_steps: int, num_iterations: int, num_layers: i
 
     adamw = partial(torch.optim.AdamW, lr=1e-5)
     if variant == "plain":
-        optimizers = adamw(model.parameters()), adamw(net.parameters())
+        optimizers = adamw([p for p in model.parameters() if p.requires_grad]), adamw(net.parameters())
 
         def iteration():
             for k in range(unroll_steps):
@@ -111,34 +115,49 @@ def main() -> None:
         print(json.dumps(worker(**json.loads(options.worker))))
         return
     variants = ("plain", "exact", "fd", "ghost")
-    cases = [(v, k) for k in UNROLL_STEPS for v in variants if k == 1 or v != "fd"]
+    cases = [("full", v, k) for k in UNROLL_STEPS for v in variants if k == 1 or v != "fd"]
+    cases += [("lora", v, 1) for v in variants if v != "fd"]
     num_layers, rounds, num_iterations = (3, 1, 1) if options.quick else (8, 3, 2)
     run = partial(measure.in_fresh_process, __file__, num_iterations=num_iterations, num_layers=num_layers)
-    found: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
+    found: dict[tuple[str, str, int], list[dict]] = {case: [] for case in cases}
     for i_round in range(rounds):
         # quick: all cases in one process; memory hardly varies: measured in the first round, of one unroll step
         timed = run(measure.STEADY_TIME, cases=cases) if options.quick else None
         for i, case in enumerate(cases):
             seconds = (timed or run(measure.STEADY_TIME, cases=[case]) * len(cases))[i]["cpu_seconds"]
-            weighed = run(measure.EXACT_MEMORY, cases=[case])[0] if i_round == 0 and case[1] == 1 else None
+            is_weighed = i_round == 0 and case[::2] == ("full", 1)
+            weighed = run(measure.EXACT_MEMORY, cases=[case])[0] if is_weighed else None
             found[case].append({"cpu_seconds": seconds} | ({"peak_bytes": weighed["peak_bytes"]} if weighed else {}))
     figures, rows = {}, []
-    for variant, k in cases:
-        pairs = list(zip(found[variant, k], found["plain", k], strict=True))
+    for case in cases:
+        trained, variant, k = case
+        pairs = list(zip(found[case], found[trained, "plain", k], strict=True))
         time_ratio = statistics.median(a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs)
-        row = [variant, k, f"{statistics.median(a['cpu_seconds'] for a, _ in pairs):.2f}", f"{time_ratio:.2f}", "", ""]
+        row = [
+            trained,
+            variant,
+            k,
+            f"{statistics.median(a['cpu_seconds'] for a, _ in pairs):.2f}",
+            f"{time_ratio:.2f}",
+            "",
+            "",
+        ]
         if "peak_bytes" in pairs[0][0]:
             a, b = (result["peak_bytes"] for result in pairs[0])
-            row[4:] = [f"{a / 2**20:.0f}", f"{a / b:.2f}"]
+            row[5:] = [f"{a / 2**20:.0f}", f"{a / b:.2f}"]
             figures["peak_over_plain"] = max(figures.get("peak_over_plain", 0.0), round(a / b, 3))
         rows.append(row)
         if variant != "plain":
-            figures[f"tax_{variant}_unroll{k}"] = round(time_ratio, 3)
+            figures[f"tax_{variant}_unroll{k}" + ("_lora" if trained == "lora" else "")] = round(time_ratio, 3)
     print(
         f"{measure.machine()}; one thread; Llama of {num_layers} layers, width 512, batch {BATCH} x {LENGTH}; "
         f"{rounds} round(s)\n"
     )
-    print(markdown_table(["variant", "unroll steps", "CPU-s", "time / plain", "peak MiB", "peak / plain"], rows))
+    print(
+        markdown_table(
+            ["trained", "variant", "unroll steps", "CPU-s", "time / plain", "peak MiB", "peak / plain"], rows
+        )
+    )
     measure.write_figures(options.json, figures)
 
 

@@ -2,9 +2,21 @@
 
 from .engines import DDP, FSDP, Single
 from .graph import LevelGraph, Lower, Upper
-from .hypergradients import SAMA, Hypergradient, Identity
+from .hypergradients import (
+    SAMA,
+    SOBA,
+    ConjugateGradient,
+    ForwardGradient,
+    Hypergradient,
+    Identity,
+    Neumann,
+    Nystrom,
+    Reinforce,
+    Unrolled,
+    ZerothOrder,
+)
 from .level import Level
-from .ops import constant, mean, weighted_mean
+from .ops import constant, mean, sample, weighted_mean
 from .program import NonFiniteError, Program
 from .second_order.errors import DerivativeError
 from .shards import Shards
@@ -13,22 +25,31 @@ from .tracking import History
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConjugateGradient",
     "DDP",
     "DerivativeError",
     "FSDP",
+    "ForwardGradient",
     "History",
     "Hypergradient",
     "Identity",
     "Level",
     "LevelGraph",
     "Lower",
+    "Neumann",
     "NonFiniteError",
+    "Nystrom",
     "Program",
+    "Reinforce",
     "SAMA",
+    "SOBA",
     "Shards",
     "Single",
+    "Unrolled",
     "Upper",
+    "ZerothOrder",
     "constant",
     "mean",
+    "sample",
     "weighted_mean",
 ]

@@ -8,15 +8,15 @@ values out of range are errors that name the key.
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from yaml import YAMLError
 
@@ -97,22 +97,31 @@ class OptimizerConfig:
         )
 
 
-@dataclass(kw_only=True)
-class HypergradientConfig:
-    """How upper levels differentiate through a lower one.
+def _estimator_config(name: str, estimator: type[Hypergradient]) -> type:
+    """A config dataclass with the fields of an estimator, and ``type``, its name; ``build`` makes the estimator."""
+    types = get_type_hints(estimator)
+    names = [f.name for f in dataclasses.fields(estimator)]
 
-    Args:
-        type: The estimator.
-        mixed: ``forward`` is exact, ``ghost`` exact and cheap with ``identity``, ``finite_difference`` the fallback.
-    """
+    def build(self: Any) -> Hypergradient:
+        return estimator(**{n: getattr(self, n) for n in names})
 
-    __pydantic_config__ = STRICT
-    type: Literal["identity", "sama"] = "sama"
-    mixed: Literal["forward", "finite_difference", "ghost"] = "forward"
+    return make_dataclass(
+        estimator.__name__ + "Config",
+        [
+            ("type", Literal[name], field(default=name)),  # type: ignore[valid-type]
+            *((f.name, types[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(estimator)),
+        ],
+        kw_only=True,
+        # Built once at the start, so that a value out of range is an error of the configuration.
+        namespace={"__pydantic_config__": STRICT, "__doc__": estimator.__doc__, "build": build, "__post_init__": build},
+    )
 
-    def build(self) -> Hypergradient:
-        """The estimator."""
-        return ESTIMATORS[self.type](mixed=self.mixed)
+
+ESTIMATOR_CONFIGS = {name: _estimator_config(name, estimator) for name, estimator in ESTIMATORS.items()}
+"""Config dataclass by estimator: ``type`` and the estimator's own fields."""
+
+HypergradientConfig = Annotated[Union[tuple(ESTIMATOR_CONFIGS.values())], Discriminator("type")]  # noqa: UP007
+"""How upper levels differentiate through a lower one; ``type`` says which of :data:`ESTIMATOR_CONFIGS`."""
 
 
 @dataclass(kw_only=True)
@@ -181,14 +190,21 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 
 def _explain(problem: Any, root: type) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    location = [part for i, part in enumerate(problem["loc"]) if not _is_tag(problem["loc"], i)]
+    key = ".".join(str(part) for part in location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields(root, problem["loc"][:-1])
+        tag = next((part for i, part in enumerate(problem["loc"]) if _is_tag(problem["loc"], i)), None)
+        known = _fields(root, location[:-1]) if tag is None else _fields(ESTIMATOR_CONFIGS[str(tag)], ())
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Keys here: {known}."
         return f"{key}: unknown key.{hint}"
     value = "" if problem["type"] == "missing_argument" else f" (got {problem['input']!r})"
     return f"{key}: {problem['msg']}{value}"
+
+
+def _is_tag(location: Sequence, i: int) -> bool:
+    """Whether a part of a location says which estimator was meant, and is no key of the file."""
+    return i > 0 and location[i - 1] == "hypergradient" and location[i] in ESTIMATOR_CONFIGS
 
 
 def _fields(cls: type, location: Sequence) -> list[str]:

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .distributed import all_reduce_sum, world_size
+from .rng import own_seed
 
 
 def mean(values: Tensor) -> Tensor:
@@ -66,6 +69,25 @@ def weighted_mean(losses: Tensor, weights: Tensor, *, normalize: bool = True) ->
     return _weighted_mean(losses, weights, normalize)
 
 
+def sample(distribution: Distribution) -> Tensor:
+    """Draw from a distribution whose parameters upper levels decide; for :class:`scalemlo.Reinforce`.
+
+    A draw is a constant of every derivative. Every pass of one step sees the same draws; each rank draws its own.
+
+    Args:
+        distribution: From ``torch.distributions``, ``Bernoulli(logits=rater(index))`` say.
+
+    Returns:
+        Its sample.
+    """
+    with own_seed(), torch.no_grad():
+        drawn = distribution.sample()
+    tape = _scores.get()
+    if tape is not None:
+        tape.scores.append(distribution.log_prob(drawn).sum())
+    return drawn
+
+
 def constant(x: Tensor) -> Tensor:
     """A constant of every derivative: the same as ``x.detach()``, said aloud.
 
@@ -112,6 +134,23 @@ class WeightedMeanTape:
         return self.result
 
 
+@dataclass
+class ScoreTape:
+    """Notes ``log p`` of what a loss draws with :func:`sample`, differentiable in the distributions' parameters."""
+
+    scores: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While inside, :func:`sample` notes here."""
+        token = _scores.set(self)
+        try:
+            yield
+        finally:
+            _scores.reset(token)
+
+
+_scores: ContextVar[ScoreTape | None] = ContextVar("score_tape", default=None)
 _tape: ContextVar[WeightedMeanTape | None] = ContextVar("weighted_mean_tape", default=None)
 
 

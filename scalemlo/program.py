@@ -1,5 +1,6 @@
 """The program: levels bound to engines, and the loop that trains them."""
 
+import logging
 import math
 import signal
 import threading
@@ -17,12 +18,17 @@ from .data import BatchStream
 from .distributed import any_rank, initialize, is_main_process, rank, world_size
 from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
-from .hypergradients import Result
+from .hypergradients import ImplicitHypergradient, Result, UnrollingHypergradient
 from .level import Level
-from .second_order.ghost import GhostProducts, check_products
+from .second_order.errors import DerivativeError
+from .second_order.ghost import TOLERANCE, GhostProducts, disagreement, relative_difference
 from .shards import Shards
 from .tracking import History
 from .training import GradientResult, LevelTrainer, optimizer_parameter_names, swap_parameters
+from .undo import undone
+from .update_rules import update_rule
+
+logger = logging.getLogger(__name__)
 
 Callback = Callable[["Program", dict[str, float]], None]
 """Called after every outer iteration with the program and the record of the iteration."""
@@ -78,6 +84,7 @@ class Program:
         self._reached: dict[str, set[str]] = {level.name: set() for level in levels}
         self._probed: set[str] = set()
         self._verified: set[str] = set()  # levels whose ghost products have been compared with the forward derivative
+        self._without_products: dict[str, str] = {}  # why levels that leave it open take the forward derivative
         self._gradients: dict[str, tuple[Shards, float]] = {}
         self._record: dict[str, list[float]] = {}
         self._stop = False
@@ -133,7 +140,8 @@ class Program:
     def gradients(self) -> dict[str, Shards]:
         """Total gradients of all levels at the last tick of an outer iteration, clipped, without taking any step.
 
-        For inspection and tests; takes the next batch of every level.
+        For inspection and tests; takes the next batch of every level. A level that is differentiated through its
+        steps takes them, and they are undone; its own gradient is that after them.
 
         Returns:
             One vector per level: what its optimizer would be given.
@@ -141,15 +149,29 @@ class Program:
         Raises:
             NonFiniteError: If a value is NaN or infinite, also under ``nonfinite="skip"``: there is no step to skip.
         """
-        self._fetch(list(self.trainers.values()))
-        try:
-            for trainer in self.trainers.values():
-                self._gradient(trainer)
-        except _SkipTick as skip:
-            raise NonFiniteError(str(skip)) from None
-        gradients = {name: gradient for name, (gradient, _) in self._gradients.items()}
-        self._gradients = {}
+        with self._after_unrolled_steps():
+            try:
+                for trainer in self.trainers.values():
+                    self._gradient(trainer)
+            except _SkipTick as skip:
+                raise NonFiniteError(str(skip)) from None
+            gradients = {name: gradient for name, (gradient, _) in self._gradients.items()}
+            self._gradients = {}
         return gradients
+
+    @contextmanager
+    def _after_unrolled_steps(self) -> Iterator[None]:
+        """At the last tick of an outer iteration, batches taken, for a look; the steps that it needs are undone."""
+        self._fetch(list(self.trainers.values()))
+        unrolled = [t for t in self.trainers.values() if t.unrolls]
+        with undone(unrolled):
+            for trainer in unrolled:
+                for position in range(trainer.level.unroll_steps):
+                    if position > 0:
+                        self._fetch([trainer])
+                    trainer.record_step(position)
+                    self._update([trainer])
+            yield
 
     @contextmanager
     def inference(self, level: str) -> Iterator[ModuleView]:
@@ -183,15 +205,24 @@ class Program:
     def _tick(self, tick: int) -> None:
         stepping = [self.trainers[n] for n in self.graph.order if tick % self.graph.period(n) == 0]
         self._fetch(stepping)
+        first = [t for t in stepping if t.unrolls]
+        for trainer in first:
+            trainer.record_step(tick // self.graph.period(trainer.name) - 1)
+        self._update(first)
+        self._update([t for t in stepping if not t.unrolls])
+
+    def _update(self, trainers: Sequence[LevelTrainer]) -> None:
+        """Take all gradients of some levels, then all their steps; or none where one is not finite."""
         try:
-            for trainer in stepping:
+            for trainer in trainers:
                 self._gradient(trainer)
         except _SkipTick as skip:
             if skip.key is not None:
                 self.history.skipped[skip.key] = self.history.skipped.get(skip.key, 0) + 1
+            self._gradients = {}
             return
-        self._check_reached(stepping)
-        for trainer in stepping:
+        self._check_reached(trainers)
+        for trainer in trainers:
             with self._phase(trainer, "step"):
                 trainer.step(self._gradients.pop(trainer.name)[0])
             self._note(f"lr/{trainer.name}", float(trainer.optimizer.param_groups[0]["lr"]))
@@ -252,6 +283,14 @@ class Program:
             result = trainer.compute_gradient(wanted, self._to_probe(trainer))
         self._note_reached(trainer, result.reached)
         self._check_finite(result.loss, trainer, "loss")
+        for lower in wanted[1:]:
+            if not result.reached[lower.name] and lower.estimator.differentiates_upper:
+                raise ValueError(
+                    f"level {name!r}: its loss reads {lower.name!r}, but no gradient reaches that level's parameters, "
+                    "so the hypergradient through it would be zero. If what it computes has no derivative, use "
+                    f"ZerothOrder() or Reinforce() as the hypergradient of {lower.name!r}; if it stands behind "
+                    "detach() or no_grad(), take it out from there."
+                )
         adjoints = result.gradients
         for lower_name in reversed(dependent):
             v = adjoints.pop(lower_name, None)
@@ -260,6 +299,8 @@ class Program:
                 continue
             lower = self.trainers[lower_name]
             for target, product in self._pull_back(v, lower, trainer, [self.trainers[n] for n in targets]).items():
+                if lower.estimator.scores:
+                    self._reached[target] |= set(product)
                 adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
             del v
         return result.loss, adjoints[name]
@@ -269,32 +310,96 @@ class Program:
     ) -> dict[str, Shards]:
         """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
         problem = lower.asked_by(level, uppers)
-        if lower.estimator.mixed == "ghost":
+        if self._takes_products(lower):
             with self._phase(lower, "solve"):
                 result = lower.estimator.solve(v, problem)
             found = {n: -x for n, x in self._gradient_with_products(lower, result.value, uppers).items()}
         else:
             with self._phase(lower, "hypergradient"):
                 found, result = lower.estimator.pull_back(v, problem)
+            if isinstance(lower.estimator, ImplicitHypergradient) and lower.estimator.chooses_method:
+                self._note(f"ghost/{lower.name}", 0.0)
         self._note_solve(lower, result)
         return found
+
+    def _takes_products(self, lower: LevelTrainer) -> bool:
+        """Whether to try ghost products: always where asked for, by default where they may apply and save a pass."""
+        estimator = lower.estimator
+        if not isinstance(estimator, ImplicitHypergradient):
+            return False
+        return estimator.mixed == "ghost" or (
+            estimator.chooses_method
+            and lower.name not in self._without_products
+            and lower.name not in self._gradients
+            and not self.graph.depends_on_best_responses(lower.name)  # its gradient takes more than this pass
+        )
 
     def _gradient_with_products(
         self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]
     ) -> dict[str, Shards]:
-        """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step."""
+        """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step.
+
+        Where the estimator leaves the method open, whatever stands against products (known on all ranks or on none)
+        means the forward derivative: for good if it lies in the loss or the module, else for these batches.
+
+        Raises:
+            DerivativeError: Where products were asked for and cannot be had.
+        """
+        name, is_asked_for = lower.name, lower.estimator.mixed == "ghost"
         ghost = GhostProducts(lower.block, v)
-        with self._phase(lower, "gradient and mixed partial"):
-            result = lower.compute_gradient([lower, *uppers], ghost=ghost)
+        try:
+            with self._phase(lower, "gradient and mixed partial"):
+                result = lower.compute_gradient([lower, *uppers], ghost=ghost)
+        except DerivativeError as error:
+            for engine in dict.fromkeys([lower.engine, *(t.engine for t in lower.others.values())]):
+                engine.clear_gradients()
+            if is_asked_for:
+                raise
+            self._note(f"ghost/{name}", 0.0)
+            self._without_products[name] = str(error)
+            logger.debug("level %r: mixed partials by the forward derivative: %s", name, error)
+            return self._forward_mixed(lower, v, uppers)
         mixed = {upper.name: result.gradients.pop(upper.name) for upper in uppers}
-        if lower.name not in self._verified:
-            with self._phase(lower, "check of the mixed partial"):
-                check_products(mixed, lower.compute_mixed(v, uppers, "forward"), lower.name, lower.engine.spec.dtype)
-            self._verified.add(lower.name)
-        if lower.name not in self._gradients:
-            self._probed.add(lower.name)
+        if ghost.refusal is not None and is_asked_for:
+            raise DerivativeError(f"level {name!r}: {ghost.refusal}")
+        is_good = ghost.refusal is None
+        if not is_good:
+            mixed = self._forward_mixed(lower, v, uppers)
+        elif name not in self._verified:
+            expected = self._forward_mixed(lower, v, uppers)
+            is_good = self._verify(lower, mixed, expected)
+            mixed = mixed if is_good else expected
+        # A first gradient also notes which parameters of the levels above the loss reaches: only a good pass shows it.
+        may_keep = is_good or name in self._probed
+        if may_keep and name not in self._gradients and not self.graph.depends_on_best_responses(name):
+            self._probed.add(name)
             self._keep_gradient(lower, result.loss, self._checked_gradient(lower, result), "gradient")
+        self._note(f"ghost/{name}", float(is_good))
         return mixed
+
+    def _forward_mixed(self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]) -> dict[str, Shards]:
+        with self._phase(lower, "hypergradient"):
+            return lower.compute_mixed(v, uppers, "forward")
+
+    def _verify(self, lower: LevelTrainer, found: dict[str, Shards], expected: dict[str, Shards]) -> bool:
+        """Compare the first products with the forward derivative; False where they must not be used.
+
+        Raises:
+            DerivativeError: Where products were asked for and are wrong.
+        """
+        error, limit = relative_difference(found, expected), TOLERANCE[lower.engine.spec.dtype]
+        if math.isnan(error):  # nothing to compare with: zero or not finite
+            return False
+        if error <= limit:
+            self._verified.add(lower.name)
+            return True
+        message = f"level {lower.name!r}: {disagreement(error, limit)}"
+        if lower.estimator.mixed == "ghost":
+            raise DerivativeError(f"{message}. Use mixed='forward', which has no such condition.")
+        self._without_products[lower.name] = message
+        if is_main_process():
+            warnings.warn(f"{message}. The forward derivative is used from here on.", stacklevel=2)
+        return False
 
     # ---- checks --------------------------------------------------------------------------------------------------
     def _to_probe(self, trainer: LevelTrainer) -> list[LevelTrainer]:
@@ -361,9 +466,22 @@ class Program:
                 stream = BatchStream(level.data, level=level.name, device=self.device, seed=shuffle_seed)  # type: ignore[arg-type]
             trainers[level.name] = LevelTrainer(level, engine, names[level.name], stream)
         for trainer in trainers.values():
+            self._check_unrolling(trainer)
             trainer.others = {n: trainers[n] for n in self.graph.reads(trainer.name)}
             trainer.gradient = lambda trainer=trainer: self._gradient(trainer)
         return trainers
+
+    def _check_unrolling(self, trainer: LevelTrainer) -> None:
+        if not isinstance(trainer.estimator, UnrollingHypergradient):
+            return
+        trainer.estimator.steps_of(trainer.level.unroll_steps, trainer.name)
+        update_rule(trainer.optimizer, trainer.name)
+        lowers = self.graph.lowers(trainer.name)
+        if lowers:
+            raise ValueError(
+                f"level {trainer.name!r}: {type(trainer.estimator).__name__} takes its steps again, but they depend on "
+                f"the moving levels {lowers} below it. Use an implicit estimator for it, ConjugateGradient() say."
+            )
 
     def _wrap(self, levels: list[Level], names: dict[str, list[str]], default: EngineSpec) -> Engine:
         specs = {level.engine or default for level in levels}

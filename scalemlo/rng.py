@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,34 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw what this seed gives, then go on as if nothing had been drawn."""
     outside = RNGState.capture(device)
     torch.manual_seed(seed)
+    token = _pass.set(_Pass(seed, device))
     try:
         yield
     finally:
+        _pass.reset(token)
         outside.restore()
+
+
+@contextmanager
+def own_seed() -> Iterator[None]:
+    """Inside :func:`seeded`: draw from a seed of its own, the n-th of the pass, whatever else draws in between.
+
+    Masks of the live module and of its skeleton may take different amounts of random numbers from the generator.
+    """
+    current = _pass.get()
+    if current is None:
+        yield
+        return
+    current.count += 1
+    with seeded(current.seed ^ (0x9E3779B97F4A7C15 * current.count & (2**48 - 1)), current.device):
+        yield
+
+
+@dataclass
+class _Pass:
+    seed: int
+    device: torch.device
+    count: int = 0
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .data import BatchStream
 from .distributed import all_reduce_mean_
 from .engines import Engine, ModuleView
 from .engines.base import ParameterBlock
-from .hypergradients import Hypergradient, Identity
+from .hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from .hypergradients.base import Method
 from .level import Level, check_loss
 from .precision import LossScaler
@@ -24,6 +24,7 @@ from .second_order.ghost import GhostProducts
 from .second_order.hessian import HessianOperator, Products, hessian
 from .second_order.products import LossAt
 from .shards import Shards
+from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class LevelTrainer:
         self.num_steps = 0
         self.batches: list[Any] = []
         self.memory: dict[str, dict[str, Any]] = {}  # of the estimator, by the level that asks
+        self.trajectory: Trajectory | None = None  # the steps since the levels above moved, where an estimator asks
         self._seed = 0
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
@@ -188,7 +190,10 @@ class LevelTrainer:
         if self.scaler.enabled:  # tangents of the size of the weights stay clear of fp16's underflow
             scale = float(self.weights().norm() / v.norm().clamp_min(1e-30))
             v = v * scale
-        if (method or self.estimator.mixed) == "finite_difference":
+        if method is None:
+            assert isinstance(self.estimator, ImplicitHypergradient), "the others take no mixed partial of this form"
+            method = self.estimator.mixed
+        if method == "finite_difference":
             mixed = self.loss_at().directional_outputs(self.block, v, blocks)
         else:
             mixed = self.loss_at().tangents([(self.block, v)], blocks)
@@ -209,8 +214,30 @@ class LevelTrainer:
         factor = min(1.0, limit / (norm + 1e-6)) if limit is not None else 1.0
         return (gradient.mul_(factor) if factor < 1.0 else gradient), factor, norm
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether the estimator goes through the level's steps, see :attr:`Hypergradient.unrolls`."""
+        return self.estimator.unrolls
+
+    def record_step(self, position: int) -> None:
+        """Begin or go on recording, before a step.
+
+        Args:
+            position: Steps of the level before this one; a multiple of ``unroll_steps`` where levels above may have
+                moved since the last one.
+        """
+        unroll_steps = self.level.unroll_steps
+        assert isinstance(self.estimator, UnrollingHypergradient)
+        num_steps = self.estimator.steps_of(unroll_steps, self.name)
+        if position % unroll_steps == 0:
+            self.trajectory = None
+        if position % unroll_steps == unroll_steps - num_steps:
+            self.trajectory = Trajectory(num_steps, self.engine.device)
+
     def step(self, gradient: Shards) -> None:
         """One step of the optimizer and of the learning-rate scheduler."""
+        if self.trajectory is not None:
+            self.trajectory.record(self)
         self.engine.put_gradients(gradient)
         self.optimizer.step()
         self.engine.clear_gradients()
@@ -245,7 +272,34 @@ class Asked:
     @property
     def upper_loss(self) -> LossAt:
         """The loss of the level that asks, on the batches of its next step."""
-        return self._level.loss_at()
+        return replace(self._level.loss_at(), required=self._lower.engine if self.is_read else None)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The steps of the level since the levels above moved."""
+        assert self._lower.trajectory is not None, "the program records where the estimator says so"
+        return self._lower.trajectory
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the loss of the level that asks reads this level, not only through levels in between."""
+        return self._lower.name in self._level.others
+
+    def require_read(self, estimator: str) -> None:
+        """Refuse estimators that evaluate the upper loss where it is not a function of this level's weights.
+
+        Args:
+            estimator: Name for messages.
+
+        Raises:
+            ValueError: If the level that asks does not read this one.
+        """
+        if not self.is_read:
+            raise ValueError(
+                f"level {self.name!r}: {estimator} evaluates the loss of {self._level.name!r} at other weights of this "
+                "level, which that loss does not read: it depends on them through levels in between only. Use an "
+                "estimator that pulls gradients back, Unrolled() say."
+            )
 
     def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
         """``v -> H v`` of the level's loss on the batches of its next step, while inside the context."""

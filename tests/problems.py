@@ -128,6 +128,11 @@ class Problem:
 
     def program(self, hypergradient: mlo.Hypergradient, engine: mlo.engines.EngineSpec, **options) -> mlo.Program:
         lower, upper = build_modules(self.kind, self.dtype)
+        finetune, rate = self.levels(lower, upper, hypergradient)
+        return mlo.Program([rate, finetune], engine=engine, **options)
+
+    def levels(self, lower: nn.Module, upper: nn.Module, hypergradient: mlo.Hypergradient) -> tuple["Finetune", "Rate"]:
+        """The two levels, lower one first."""
         size = BATCH // self.accumulation
         train = [token_batch(i, size) for i in range(40)]
         meta = [token_batch(100 + i) for i in range(10)]
@@ -141,7 +146,7 @@ class Problem:
         )
         finetune.normalize = self.normalize
         rate = Rate("rater", upper, data=meta, optimizer=partial(torch.optim.SGD, lr=0.1))
-        return mlo.Program([rate, finetune], engine=engine, **options)
+        return finetune, rate
 
     def hypergradient(self, hypergradient: mlo.Hypergradient, engine: mlo.engines.EngineSpec) -> "Measured":
         """The upper level's hypergradient after some steps, and the state it belongs to."""

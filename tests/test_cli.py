@@ -154,7 +154,15 @@ WRONG = {
     "unknown key": (["train.stepz=3"], "train.stepz: unknown key. Did you mean 'steps'"),
     "wrong type": (["train.steps=many"], "train.steps"),
     "out of range": (["finetune.learning_rate=-1"], "learning_rate=-1"),
-    "unknown estimator": (["hypergradient.type=newton"], "hypergradient.type"),
+    "unknown estimator": (["hypergradient.type=newton"], "'newton'"),
+    "unknown key of an estimator": (
+        ["hypergradient.type=neumann", "hypergradient.num_term=3"],
+        "hypergradient.num_term: unknown key. Did you mean 'num_terms'",
+    ),
+    "an estimator's value out of range": (
+        ["hypergradient.type=neumann", "hypergradient.num_terms=0"],
+        "num_terms=0 must be an integer of at least 1",
+    ),
     "unknown recipe": (["recipe=reweigh"], "recipes are"),
     "no value": (["steps"], "key=value"),
     "too few rows": (["data.num_train=1000"], "num_train (1000)"),

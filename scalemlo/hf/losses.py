@@ -7,36 +7,48 @@ functions run under `torch.func.jvp`, on meta and fake tensors, and without host
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..second_order.chunks import recomputed
+
 IGNORE_INDEX = -100
+CHUNK_TOKENS = 512
+"""Tokens whose cross entropy is computed at a time: 128k words take 250 MiB in fp32."""
 
 
-def token_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], *, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of each next token, `-log p(token_t | tokens_<t)`.
 
     The model is called without labels, so that no loss of its own (a batch mean, which has lost the examples) is
     computed. `labels` may be narrower than `input_ids`: [B, L] labels belong to the last L positions. The collator
     uses this to cut the columns in which no row has a label, and their logits are dropped before they are cast to
-    fp32, which is where the memory of a large vocabulary goes.
+    fp32, which is where the memory of a large vocabulary goes. The rest is cast and reduced to losses
+    `chunk_tokens` at a time, and again so in the backward pass: of the whole batch, logits and their gradient (in
+    second-order passes their tangents too) exist in the dtype of the model alone.
 
     Args:
         model: Anything called as `model(input_ids=..., attention_mask=..., use_cache=False)` that returns an object
             with `logits` [B, T, V].
         batch: `input_ids` [B, T], `labels` [B, L] with L <= T and -100 where there is none, and, unless no row is
             padded, `attention_mask` [B, T]. Other entries are ignored.
+        chunk_tokens: Tokens per chunk, over all B examples; a chunk is at least one position wide.
 
     Returns:
         Losses [B, K] with K = min(L, T - 1), in fp32 (fp64 if the logits are fp64) and zero where there is no label;
         and the mask [B, K] of the positions that have one.
 
     Raises:
-        ValueError: If `labels` is wider than `input_ids` or has another batch size.
+        ValueError: If `labels` is wider than `input_ids` or has another batch size, or `chunk_tokens` is below 1.
     """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1; {CHUNK_TOKENS} is the default")
     input_ids, labels = batch["input_ids"], batch["labels"]
     if labels.shape[0] != input_ids.shape[0] or labels.shape[1] > input_ids.shape[1]:
         raise ValueError(
@@ -47,14 +59,26 @@ def token_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tupl
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     logits = model(**inputs, use_cache=False).logits
     targets = labels[:, labels.shape[1] - num_targets :]  # [B, K]
-    logits = logits[:, -num_targets - 1 : -1]  # [B, K, V]; position t predicts token t + 1
+    width = max(1, chunk_tokens // targets.shape[0])
+    skipped = logits.shape[1] - 1 - num_targets  # position t predicts token t + 1
+    sizes = [min(width, num_targets - start) for start in range(0, num_targets, width)]
+    chunks = logits.split([skipped, *sizes, 1], dim=1)[1:-1]  # split: its adjoint is one concatenation
+    run = partial(recomputed, _cross_entropy) if len(sizes) > 1 else _cross_entropy
+    losses = [run(chunk, target) for chunk, target in zip(chunks, targets.split(sizes, dim=1), strict=True)]
+    return torch.cat(losses, dim=1), targets != IGNORE_INDEX
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy [B, K] of logits [B, K, V]."""
     if logits.dtype != torch.float64:
         logits = logits.float()  # in bf16 the per-example losses are too coarse for any difference of them
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view_as(targets), targets != IGNORE_INDEX
+    return losses.view_as(targets)
 
 
-def example_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+def example_losses(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
     """Mean next-token cross entropy of each example over its label tokens.
 
     `l_i = sum_t m_it * ce_it / sum_t m_it`, where m_it says that token t of example i has a label.
@@ -62,10 +86,11 @@ def example_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Te
     Args:
         model: As in `token_losses`.
         batch: As in `token_losses`.
+        chunk_tokens: As in `token_losses`.
 
     Returns:
         Losses [B], in fp32 (fp64 if the logits are fp64). An example without any label gives NaN, not a silent zero;
         the collator refuses such a row and names it.
     """
-    losses, mask = token_losses(model, batch)
+    losses, mask = token_losses(model, batch, chunk_tokens=chunk_tokens)
     return losses.sum(dim=1) / mask.sum(dim=1)

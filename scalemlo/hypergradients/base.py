@@ -1,5 +1,6 @@
-"""What an estimator of the inverse Hessian sees, and what it returns."""
+"""What an estimator of the hypergradient sees, and what it returns."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from ..engines.base import ParameterBlock
 from ..second_order.hessian import PRODUCTS, HessianOperator, Products
 from ..second_order.products import LossAt
 from ..shards import Shards
+from ..trajectory import Trajectory
 
-Method = Literal["forward", "finite_difference", "ghost"]
-METHODS: tuple[Method, ...] = ("forward", "finite_difference", "ghost")
+Method = Literal["auto", "forward", "finite_difference", "ghost"]
+METHODS: tuple[Method, ...] = ("auto", "forward", "finite_difference", "ghost")
 """How a mixed partial is taken."""
 
 
@@ -97,49 +99,35 @@ class LowerProblem(Protocol):
     def upper_loss(self) -> LossAt:
         """The loss of the level that asks, on the batches of its next step."""
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the loss of the level that asks reads this level, not only through levels in between."""
+
+    def require_read(self, estimator: str) -> None:
+        """Raise a ``ValueError`` unless :attr:`is_read`."""
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The steps of the level since the levels above moved, for estimators with :attr:`Hypergradient.unrolls`."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Hypergradient:
-    """How upper levels differentiate through a lower level.
-
-    With F the upper loss, L the lower loss and v = dF/dw, an upper level's gradient is
-    ``dF/dlambda - d2L/dlambda dw . s(v)``; the estimator supplies s(v), an approximation of H^-1 v.
-
-    Args:
-        mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
-            :mod:`scalemlo.second_order.products`; or ``"ghost"``, exact and nearly free where the lower loss is a
-            weighted mean, see :mod:`scalemlo.second_order.ghost`.
-
-    Raises:
-        ValueError: If ``mixed`` is unknown, or ``"ghost"`` with an estimator that needs the lower gradient first.
-    """
+class Hypergradient(ABC):
+    """How upper levels differentiate through a lower level: an estimator of one hop."""
 
     needs_gradient: ClassVar[bool] = False
-    """Whether :meth:`solve` asks for the gradient of the next step."""
+    """Whether it asks for the gradient of the lower level's next step."""
 
-    mixed: Method = "forward"
+    differentiates_upper: ClassVar[bool] = True
+    """Whether it needs the gradient of the upper loss by the lower weights; others only evaluate the upper loss."""
 
-    def __post_init__(self) -> None:
-        if self.mixed not in METHODS:
-            raise ValueError(f"mixed={self.mixed!r} is unknown; choose one of {list(METHODS)}.")
-        if self.mixed == "ghost" and self.needs_gradient:
-            raise ValueError(
-                f"mixed='ghost' gives the mixed partial together with the lower gradient, but {type(self).__name__} "
-                "needs that gradient first. Use mixed='forward', or Identity(mixed='ghost')."
-            )
+    scores: ClassVar[bool] = False
+    """Whether it reaches the upper parameters by the probability of draws, not by the lower loss's derivative."""
 
-    def solve(self, v: Shards, problem: LowerProblem) -> Result:
-        """Return s(v).
+    unrolls: ClassVar[bool] = False
+    """Whether it differentiates through steps the level took: they are recorded, and the level steps first."""
 
-        Args:
-            v: Gradient of the upper loss by the lower weights.
-            problem: The lower level.
-
-        Raises:
-            NotImplementedError: If the estimator is not of that form; it overrides :meth:`pull_back` then.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not estimate H^-1 v")
-
+    @abstractmethod
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """One hop of the hypergradient, from the lower weights to the levels above.
 
@@ -148,18 +136,69 @@ class Hypergradient:
             problem: The lower level.
 
         Returns:
-            What to add to the gradient of each upper level, by name: ``-d2L/dlambda dw . s(v)``; and how it was had.
+            What to add to the gradient of each upper level, by name; and how it was had.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitHypergradient(Hypergradient):
+    """An estimator of the implicit function theorem's form.
+
+    With F the upper loss, L the lower loss and v = dF/dw, an upper level's gradient is
+    ``dF/dlambda - d2L/dlambda dw . s(v)``; the estimator supplies s(v), an approximation of H^-1 v.
+
+    Args:
+        mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
+            :mod:`scalemlo.second_order.products`; ``"ghost"``, exact and nearly free where the lower loss is a
+            weighted mean, see :mod:`scalemlo.second_order.ghost`; or ``"auto"``, by ghost products where they apply
+            and else by the forward derivative (``ghost/<level>`` in the history says which).
+
+    Raises:
+        ValueError: If ``mixed`` is unknown, or ``"ghost"`` with an estimator that needs the lower gradient first.
+    """
+
+    mixed: Method = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mixed not in METHODS:
+            raise ValueError(f"mixed={self.mixed!r} is unknown; choose one of {list(METHODS)}.")
+        if self.mixed == "ghost" and not self.may_take_products:
+            raise ValueError(
+                f"mixed='ghost' gives the mixed partial together with the lower gradient, but {type(self).__name__} "
+                "needs that gradient first. Use mixed='forward', or Identity(mixed='ghost')."
+            )
+
+    @property
+    def may_take_products(self) -> bool:
+        """Whether its mixed partial may come out of the pass that gives the lower gradient: one, for s(v)."""
+        return not self.needs_gradient and type(self).pull_back is ImplicitHypergradient.pull_back
+
+    @property
+    def chooses_method(self) -> bool:
+        """Whether ``mixed`` leaves a choice."""
+        return self.mixed == "auto" and self.may_take_products
+
+    @abstractmethod
+    def solve(self, v: Shards, problem: LowerProblem) -> Result:
+        """Return s(v).
+
+        Args:
+            v: Gradient of the upper loss by the lower weights.
+            problem: The lower level.
+        """
+
+    def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
+        """``-d2L/dlambda dw . s(v)``; see :meth:`Hypergradient.pull_back`."""
         result = self.solve(v, problem)
         return {name: -product for name, product in problem.mixed(result.value).items()}, result
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvatureHypergradient(Hypergradient):
+class CurvatureHypergradient(ImplicitHypergradient):
     """An estimator that takes Hessian-vector products.
 
     Args:
-        mixed: See :class:`Hypergradient`.
+        mixed: See :class:`ImplicitHypergradient`.
         products: How they are had: ``"remat"``, ``"retain"``, or ``"auto"``; see
             :data:`scalemlo.second_order.hessian.PRODUCTS`.
 
@@ -173,3 +212,46 @@ class CurvatureHypergradient(Hypergradient):
         super().__post_init__()
         if self.products not in PRODUCTS:
             raise ValueError(f"products={self.products!r} is unknown; choose one of {list(PRODUCTS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnrollingHypergradient(Hypergradient):
+    """An estimator that goes through the last K steps of the lower level's optimizer, as they were taken.
+
+    The steps are recorded (batches, masks, options, about sqrt(K) states on the host), and the upper level moves after
+    the K-th, whose effect is part of the derivative. The lower level must read no level below it.
+
+    Args:
+        num_steps: K, at most the level's ``unroll_steps``; by default all of them. Fewer are a truncation.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1.
+    """
+
+    unrolls: ClassVar[bool] = True
+
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1; None goes through all.")
+
+    def steps_of(self, unroll_steps: int, level: str) -> int:
+        """K for a level that makes ``unroll_steps`` steps between two of the levels above.
+
+        Args:
+            unroll_steps: Of the level.
+            level: Name for messages.
+
+        Returns:
+            K.
+
+        Raises:
+            ValueError: If more steps are asked for than there are: the levels above moved in between.
+        """
+        if self.num_steps is not None and self.num_steps > unroll_steps:
+            raise ValueError(
+                f"level {level!r}: num_steps={self.num_steps} of {type(self).__name__} is more than the level's "
+                f"unroll_steps={unroll_steps}; before those, the levels above moved. Raise unroll_steps."
+            )
+        return self.num_steps or unroll_steps

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from ..shards import Shards
-from .base import Hypergradient, LowerProblem, Result, Status
+from .base import ImplicitHypergradient, LowerProblem, Result, Status
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity(Hypergradient):
+class Identity(ImplicitHypergradient):
     """``s(v) = v``: the direction of differentiating through one plain gradient step of the lower level.
 
     Exact up to the factor of the step size where one SGD step separates the levels; otherwise biased wherever the

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..shards import Shards
-from .base import Hypergradient, LowerProblem, Result, Status
-from .update_derivative import RULES, unknown_update, update_derivative
+from .base import ImplicitHypergradient, LowerProblem, Result, Status
+from .update_derivative import update_derivatives
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAMA(Hypergradient):
+class SAMA(ImplicitHypergradient):
     """``s(v) = D v`` with ``D = du/dg``, the derivative of the lower optimizer's next update by its gradient.
 
     The lower level moves by ``w <- w - u(g)``, not by a multiple of g; a fixed point of the optimizer's own update
     brings D into the hypergradient. D is diagonal for the optimizers it knows, and is computed at the gradient the
     next step will use, with bias correction, coupled weight decay, AMSGrad, momentum, learning rate and clipping
     factor (held constant) as in the update itself; see :mod:`scalemlo.hypergradients.update_derivative`. Costs no
-    Hessian-vector product; holds one gradient of the lower level beside v.
+    Hessian-vector product; holds D and one gradient of the lower level beside v.
 
     Reference: Choe et al. 2023, "Making Scalable Meta Learning Practical", eq. 4-5. The nudge of the lower weights
     along v that the paper adds is left out: weights are not changed by a hypergradient.
@@ -33,23 +33,5 @@ class SAMA(Hypergradient):
 
         Returns:
             The preconditioned vector.
-
-        Raises:
-            ValueError: If the update of the level's optimizer is not known.
         """
-        if type(problem.optimizer) not in RULES:
-            raise ValueError(f"level {problem.name!r}: {unknown_update(problem.optimizer)}")
-        gradient, clip_factor = problem.gradient()
-        weights = problem.weights()
-        value = {}
-        for name in v:
-            value[name] = v[name] * update_derivative(
-                problem.optimizer,
-                problem.parameter_group(name),
-                problem.optimizer_state(name),
-                gradient=gradient[name],
-                weight=weights[name],
-            )
-            if clip_factor != 1.0:
-                value[name] *= clip_factor
-        return Result(Shards(value, v.group), Status.EXACT)
+        return Result(update_derivatives(problem) * v, Status.EXACT)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from ..shards import Shards
+from .base import LowerProblem
+
 Rule = Callable[[Mapping[str, Any], Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """``rule(group, state, gradient, weight) -> du/dg``, all of the shape of the local shard."""
 
@@ -84,7 +87,7 @@ def _sign(group: Mapping[str, Any]) -> float:
 
 
 RULES: dict[type[Optimizer], Rule] = {Adam: adam, AdamW: adam, SGD: sgd}
-"""Rule by optimizer class; add one to teach SAMA a new optimizer."""
+"""Rule by optimizer class; add one to teach SAMA and Neumann a new optimizer."""
 
 
 def update_derivative(
@@ -115,9 +118,40 @@ def update_derivative(
     raise ValueError(unknown_update(optimizer))
 
 
+def update_derivatives(problem: LowerProblem) -> Shards:
+    """``D = du/dg`` of a level's next update, as a diagonal over its parameters, clipping factor (a constant) included.
+
+    Args:
+        problem: The lower level; asked for the gradient of its next step.
+
+    Returns:
+        A new vector; local, nothing is reduced beyond what the gradient takes.
+
+    Raises:
+        ValueError: If no rule is known for the level's optimizer.
+    """
+    if type(problem.optimizer) not in RULES:
+        raise ValueError(f"level {problem.name!r}: {unknown_update(problem.optimizer)}")
+    gradient, clip_factor = problem.gradient()
+    weights = problem.weights()
+    diagonal = {}
+    for name in weights:
+        diagonal[name] = update_derivative(
+            problem.optimizer,
+            problem.parameter_group(name),
+            problem.optimizer_state(name),
+            gradient=gradient[name],
+            weight=weights[name],
+        )
+        if clip_factor != 1.0:
+            diagonal[name] *= clip_factor
+    return Shards(diagonal, weights.group)
+
+
 def unknown_update(optimizer: Optimizer) -> str:
     """What to tell a user whose optimizer has no rule."""
     return (
-        f"SAMA does not know the update of {type(optimizer).__name__}; it knows {sorted(c.__name__ for c in RULES)}. "
-        "Register its derivative in scalemlo.hypergradients.update_derivative.RULES, or use Identity()."
+        f"the estimator does not know the update of {type(optimizer).__name__}; it knows "
+        f"{sorted(c.__name__ for c in RULES)}. Register its derivative in "
+        "scalemlo.hypergradients.update_derivative.RULES, or use Identity()."
     )

@@ -112,7 +112,7 @@ class ReweightInstructionsConfig(cfg.RunConfig):
     train: TrainConfig
     finetune: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     weights: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
-    hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.HypergradientConfig)
+    hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.ESTIMATOR_CONFIGS["identity"])
 
 
 class ExampleWeights(nn.Module):

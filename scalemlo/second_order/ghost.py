@@ -3,15 +3,17 @@
 Where the lower loss is a weighted mean of per-example losses, ``L = sum_i c_i l_i``, its mixed partial needs the model
 only through the numbers ``d_i = <grad_w l_i, v>``. The gradient of L by a layer's weights is ``sum_i delta_i x_i^T``,
 so the part of example i in ``<grad_w L, v>`` is ``<delta_i, t_i>``, where ``t_i`` is the layer's output tangent for
-its weights moving along v (``x_i V^T`` for a linear layer): one extra matmul beside the backward's two. Summed over
-layers that part is ``c_i d_i``. No second forward, no graph of tangents, and the lower step gets its gradient from the
-same pass.
+its weights moving along v (:mod:`.layer_products`): for a linear layer one extra matmul beside the backward's two.
+Summed over layers that part is ``c_i d_i``. No second forward, no graph of tangents, and the lower step gets its
+gradient from the same pass.
 
 It is exact under conditions that are checked: the loss returned is one :func:`scalemlo.weighted_mean`, whose weights do
-not depend on the lower weights; every layer keeps examples apart along the first dimension; no weight is exactly zero.
-The first use is compared with the forward derivative.
+not depend on the lower weights; every layer keeps examples apart along the first dimension; no weight is zero. What no
+check sees (losses that mix examples, upper parameters inside the losses) shows at the first use, which is compared with
+the forward derivative.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,45 +21,62 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..distributed import any_rank
 from ..engines.base import ParameterBlock
 from ..ops import WeightedMeanTape, weighted_mean
 from ..shards import Shards
 from .errors import DerivativeError
+from .layer_products import is_affine, obstacle, product
 from .skeleton import Layer
 
 WAY_OUT = "Use mixed='forward', which has no such condition."
 
+SMALLEST_WEIGHT = {"fp32": 1e-12, "bf16": 1e-12, "fp16": 1e-2}
+"""Weights smaller than this part of the batch's largest push gradients below what the compute dtype can represent."""
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-1}
+"""How far the first use may be from the forward derivative, relative to it, by compute dtype."""
+
 
 @dataclass
 class GhostProducts:
-    """Collects the products of one backward pass of the lower level; see the module's docstring.
+    """Collects the products of the backward passes of one lower step; see the module's docstring.
 
     Args:
         block: The lower level's parameters.
-        v: Direction, laid out like them. Gathered unit by unit during the backward pass; two gathers for the root's
-            unit, whose layers stand at both ends of it.
+        v: Direction, laid out like them. Gathered unit by unit during the backward pass, once per unit; twice for the
+            root's, whose layers stand at both ends of it.
     """
 
     block: ParameterBlock
     v: Shards
     tape: WeightedMeanTape = field(default_factory=WeightedMeanTape)
+    refusal: str | None = None
+    """Why these batches have no products, though their gradient is right; on every rank or on none."""
 
     def __post_init__(self) -> None:
-        engine = self.block.engine
-        self._layers = [layer for layer in engine.skeleton.layers if self._own(layer)]
-        self._called: set[str] = set()
+        self._layers = [layer for layer in self.block.engine.skeleton.layers if self._own(layer)]
         self._gathered: tuple[str, dict[str, Tensor]] | None = None
-        self._parts: Tensor | None = None  # [B], fp32
+        self._start()
+
+    def _start(self) -> None:
+        self.tape = WeightedMeanTape()
+        self._sizes: dict[str, int] = {}  # first dimension of the outputs, by path; of layers that were called
+        self._size: int | None = None  # first dimension above 1 of the first of them: what 1 is broadcast to
+        self._parts: Tensor | None = None  # [B], fp32 at least
+        self._trouble: str | None = None  # the first that was seen on this rank
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, forward passes of the live module are prepared to give products in their backward."""
-        self._parts, self.tape, self._called = None, WeightedMeanTape(), set()
+        """While inside, forward passes of the live module are prepared to give products in their backward.
+
+        A module that cannot give them is a :class:`DerivativeError` on every rank, before anything has run.
+        """
+        self._start()
+        self._check_module()
         module = self.block.engine.module
         with ExitStack() as stack:
             for layer in self._layers:
@@ -73,32 +92,19 @@ class GhostProducts:
             loss: What the level's loss returned.
 
         Raises:
-            DerivativeError: If it has not.
+            DerivativeError: On every rank, if it has not on any; the pass is void then.
         """
-        tape = self.tape
-        if tape.result is None or loss is not tape.result:
-            raise DerivativeError(
-                "ghost products need a loss that returns scalemlo.weighted_mean(losses, weights) as it is, nothing "
-                f"added and no factor. {WAY_OUT}"
-            )
-        assert tape.losses is not None and tape.weights is not None
-        if tape.weights.requires_grad:
-            through = torch.autograd.grad(tape.weights.sum(), tape.losses, allow_unused=True, retain_graph=True)[0]
-            if through is not None:
-                raise DerivativeError(
-                    f"ghost products need weights that do not depend on the lower weights; detach the losses. {WAY_OUT}"
-                )
-        self._size = tape.losses.shape[0]
-        (self._coefficients,) = torch.autograd.grad(loss, tape.losses, retain_graph=True)  # c_i
-        if any_rank(bool((self._coefficients == 0).any())):
-            raise DerivativeError(
-                f"ghost products need weights above zero; an example's weight is exactly 0. {WAY_OUT}"
-            )
-        idle = [name for layer in self._layers if layer.path not in self._called for name in layer.parameters.values()]
-        if idle:
-            raise DerivativeError(
-                f"ghost products: the modules that hold {idle[:5]} were not called; something uses their weights "
-                f"directly. {WAY_OUT}"
+        trouble = self._trouble or self._trouble_with(loss)
+        if any_rank(trouble is not None):
+            self._start()
+            raise DerivativeError(f"ghost products {trouble or 'do not apply on another rank'}. {WAY_OUT}")
+        losses = self.tape.losses
+        (self._coefficients,) = torch.autograd.grad(loss, losses, retain_graph=True)  # c_i
+        sizes = self._coefficients.abs()
+        floor = SMALLEST_WEIGHT[self.block.engine.spec.dtype] * sizes.max()
+        if any_rank(bool((sizes <= floor).any())):
+            self.refusal = (
+                f"ghost products need weights above zero; an example's weight is exactly 0 or next to. {WAY_OUT}"
             )
 
     def upper_loss(self, scale: float) -> Tensor:
@@ -108,67 +114,107 @@ class GhostProducts:
             scale: What the loss was multiplied with before its backward.
 
         Returns:
-            ``sum_i c_i(lambda) d_i``, differentiable in the weights.
+            ``sum_i c_i(lambda) d_i``, differentiable in the weights; a constant where there is a ``refusal``.
         """
-        self._gathered = None
         # The graph's taps refer to this object: it must not refer to the graph, or neither would ever be freed.
-        tape, self.tape = self.tape, WeightedMeanTape()
-        assert self._parts is not None and tape.weights is not None
-        products = self._parts / (scale * self._coefficients.to(self._parts.dtype))  # d_i
-        return weighted_mean(products.to(tape.weights.dtype), tape.weights, normalize=tape.normalize)
+        tape, parts, trouble = self.tape, self._parts, self._trouble
+        self._gathered = None
+        self._start()
+        assert tape.weights is not None
+        if self.refusal is None:
+            assert parts is not None or trouble is not None
+            products = tape.weights if parts is None else parts / (scale * self._coefficients.to(parts.dtype))  # d_i
+            if trouble is None and not bool(products.isfinite().all()):
+                trouble = "overflowed"
+            if not any_rank(trouble is not None):
+                return weighted_mean(products.to(tape.weights.dtype), tape.weights, normalize=tape.normalize)
+            self.refusal = f"ghost products {trouble or 'failed on another rank'}. {WAY_OUT}"
+        return tape.weights.new_zeros(())
 
-    # ---- in the backward pass --------------------------------------------------------------------------------------
+    # ---- conditions ------------------------------------------------------------------------------------------------
+    def _check_module(self) -> None:
+        engine = self.block.engine
+        for layer in self._layers:
+            reason = obstacle(engine.skeleton.module.get_submodule(layer.path))
+            if reason is not None:
+                raise DerivativeError(f"ghost products: {layer.path!r} {reason}. {WAY_OUT}")
+        for name, m in engine.module.named_modules():
+            if isinstance(m, _NormBase) and m.training and m.track_running_stats:
+                raise DerivativeError(
+                    f"ghost products: {name!r} makes losses of one example depend on others. {WAY_OUT}"
+                )
+            if getattr(m, "gradient_checkpointing", False) and m.training:
+                raise DerivativeError(f"ghost products keep the inputs that gradient checkpointing frees. {WAY_OUT}")
+
+    def _trouble_with(self, loss: Tensor) -> str | None:
+        tape = self.tape
+        if tape.result is None or loss is not tape.result:
+            return (
+                "need a loss that returns scalemlo.weighted_mean(losses, weights) as it is, nothing added and no factor"
+            )
+        assert tape.losses is not None and tape.weights is not None
+        if not tape.losses.requires_grad:
+            return "need losses that depend on the lower weights"
+        if tape.weights.requires_grad:
+            through = torch.autograd.grad(tape.weights.sum(), tape.losses, allow_unused=True, retain_graph=True)[0]
+            if through is not None:
+                return "need weights that do not depend on the lower weights; detach the losses"
+        idle = [n for layer in self._layers if layer.path not in self._sizes for n in layer.parameters.values()]
+        if idle:
+            return f"miss something: the modules that hold {idle[:5]} were not called, their weights are used directly"
+        num_examples = tape.losses.shape[0]
+        for path, size in self._sizes.items():
+            if size != num_examples:
+                return f"see {size} in the first dimension of the output of {path!r}, not the {num_examples} examples"
+        return None
+
+    # ---- in the forward and backward passes ------------------------------------------------------------------------
     def _tap(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not torch.is_grad_enabled():
-            return output
-        self._called.add(layer.path)
+            return None
         if not isinstance(output, Tensor) or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise DerivativeError(
-                f"ghost products know layers of one tensor in and one out, not {type(module).__name__} "
-                f"({layer.path!r}). {WAY_OUT}"
-            )
-        return _Tap.apply(output, args[0].detach(), partial(self._collect, layer))
+            kind = type(module).__name__
+            self._note(f"know layers of one tensor in and one out, not {kind} ({layer.path!r})")
+            return None
+        if not output.requires_grad or output.dim() == 0:
+            return None
+        size = output.shape[0]
+        if size == 1 and self._size is not None:  # broadcast over the batch later on: let each example have its own
+            size = self._size
+            output = output.expand(size, *output.shape[1:])
+        elif size > 1 and self._size is None:
+            self._size = size
+        self._sizes[layer.path] = size if self._sizes.get(layer.path, size) == size else -1
+        output.register_hook(_Call(args[0], partial(self._collect, layer)))
+        return output
 
-    def _collect(self, layer: Layer, x: Tensor, delta: Tensor) -> None:
-        if delta.shape[0] != self._size:
-            raise DerivativeError(
-                f"ghost products: the output of {layer.path!r} has first dimension {delta.shape[0]}, not the "
-                f"{self._size} examples of the batch. {WAY_OUT}"
-            )
-        tangent = self._tangent(layer, x, delta.dtype)
-        part = (delta * tangent).flatten(1).sum(1, dtype=torch.promote_types(delta.dtype, torch.float32))
+    def _collect(self, layer: Layer, x: Tensor | None, delta: Tensor) -> None:
+        if self.refusal is not None:
+            return
+        engine = self.block.engine
+        module, live = engine.skeleton.module.get_submodule(layer.path), engine.module.get_submodule(layer.path)
+        weights: Mapping[str, Tensor] = {}
+        if not is_affine(module):
+            full = engine.gather({name: engine.local(name) for name in layer.parameters.values()})
+            weights = {attribute: full[name] for attribute, name in layer.parameters.items()}
+            for m, source in zip(module.modules(), live.modules(), strict=True):
+                m.training = source.training
+        vectors = self._vectors(layer.unit)
+        own = {attribute: vectors[name] for attribute, name in self._own(layer).items()}
+        # From here on no collective: what goes wrong may do so on one rank only.
+        if x is None:
+            self._note(f"went through {layer.path!r} twice, or its input was changed in place")
+        if x is None or self._trouble is not None:
+            return
+        try:
+            part = product(module, own, x, delta, weights=weights, buffers=dict(live.named_buffers()))
+        except Exception as error:  # of a foreign module; an error out of a backward would leave the ranks apart
+            self._note(f"have no rule for {type(module).__name__} ({layer.path!r}): {error}")
+            return
         self._parts = part if self._parts is None else self._parts + part
 
-    def _tangent(self, layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer's output tangent at fixed input, for its own parameters moving along v."""
-        vectors = self._vectors(layer.unit)
-        own = {attribute: vectors[name].to(dtype) for attribute, name in self._own(layer).items()}
-        module = self.block.engine.skeleton.module.get_submodule(layer.path)
-        if type(module) is nn.Linear and "weight" in own:
-            return F.linear(x.to(dtype), own["weight"], own.get("bias"))
-        if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
-            tangent = F.embedding(x, own["weight"])
-            if module.padding_idx is not None:  # that row gets no gradient
-                tangent = tangent.masked_fill((x == module.padding_idx).unsqueeze(-1), 0.0)
-            return tangent
-        return self._tangent_by_jvp(layer, module, x, own)
-
-    def _tangent_by_jvp(self, layer: Layer, module: nn.Module, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        """For norms and whatever else: small modules, whose forward derivative by their parameters is cheap."""
-        if any(True for _ in module.children()):
-            raise DerivativeError(f"ghost products: {layer.path!r} holds weights beside submodules. {WAY_OUT}")
-        engine = self.block.engine
-        full = engine.gather({name: engine.local(name) for name in layer.parameters.values()})
-        weights = {attribute: full[name] for attribute, name in layer.parameters.items()}
-        fixed = {a: t for a, t in weights.items() if a not in own}
-        moving = {a: weights[a] for a in own}
-        tangents = {a: t.to(moving[a].dtype) for a, t in own.items()}
-
-        def call(parameters: Mapping[str, Tensor]) -> Tensor:
-            buffers = {name: b.clone() for name, b in module.named_buffers()}  # running statistics stay as they are
-            return functional_call(module, {**buffers, **fixed, **parameters}, (x,))
-
-        return torch.func.jvp(call, (moving,), (tangents,))[1]
+    def _note(self, trouble: str) -> None:
+        self._trouble = self._trouble or trouble
 
     def _vectors(self, unit: str) -> dict[str, Tensor]:
         """Vectors of one unit; at most one unit's is gathered."""
@@ -182,46 +228,47 @@ class GhostProducts:
         return {attribute: name for attribute, name in layer.parameters.items() if name in self.v}
 
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-1}
-"""How far the first use may be from the forward derivative, relative to it, by compute dtype."""
+class _Call:
+    """A hook on a layer's output: hands its gradient to a collector, with the input, which is dropped then."""
+
+    def __init__(self, x: Tensor, collect):
+        self._x: Tensor | None = x.detach()
+        self._version, self._collect = x._version, collect
+
+    def __call__(self, delta: Tensor) -> None:
+        x, self._x = self._x, None
+        if x is not None and x._version != self._version:
+            x = None
+        with torch.no_grad():
+            self._collect(x, delta)
 
 
-def check_products(found: Mapping[str, Shards], expected: Mapping[str, Shards], level: str, dtype: str) -> None:
-    """Compare mixed partials by ghost products with those by the forward derivative.
-
-    What no shape shows is found out here: losses that mix examples (batch normalisation, in-batch negatives).
+def relative_difference(found: Mapping[str, Shards], expected: Mapping[str, Shards]) -> float:
+    """How far mixed partials by ghost products are from those by the forward derivative.
 
     Args:
         found: By ghost products.
         expected: By the forward derivative.
-        level: Name for messages.
-        dtype: Compute dtype, see :data:`TOLERANCE`.
 
-    Raises:
-        DerivativeError: If they differ.
+    Returns:
+        ``max |found - expected| / |expected|`` over the upper levels, the same on every rank; NaN where nothing can be
+        said, because all is zero or something expected is not finite.
     """
+    largest = math.nan
     for upper in expected:
-        error = float((found[upper] - expected[upper]).norm())
-        size = float(expected[upper].norm())
-        if not error <= TOLERANCE[dtype] * size:
-            raise DerivativeError(
-                f"level {level!r}: ghost products differ from the forward derivative by {error / max(size, 1e-300):.1e}"
-                f" of its size (limit {TOLERANCE[dtype]:.0e}); the losses of different examples depend on each other, "
-                f"or a layer does more than its weights say. {WAY_OUT}"
-            )
+        error, size = float((found[upper] - expected[upper]).norm()), float(expected[upper].norm())
+        if not math.isfinite(size):
+            return math.nan
+        if size > 0 or error > 0 or math.isnan(error):
+            error = error / size if size > 0 else math.inf
+            largest = max(error if error >= 0 else math.inf, 0.0 if math.isnan(largest) else largest)
+    return largest
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward shows the output's gradient to a collector."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, x: Tensor, collect) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.collect = collect
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, delta: Tensor):
-        with torch.no_grad():
-            ctx.collect(ctx.saved_tensors[0], delta)
-        return delta, None, None
+def disagreement(error: float, limit: float) -> str:
+    """What a relative difference above the limit means."""
+    return (
+        f"ghost products differ from the forward derivative by {error:.1e} of its size (limit {limit:.0e}): the losses "
+        "of different examples depend on each other, or a level above enters the losses themselves, or a layer does "
+        "more than its weights say"
+    )

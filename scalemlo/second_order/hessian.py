@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engines.base import Engine, ParameterBlock
 from ..shards import Shards
 from .errors import explained
-from .products import Blocks, LossAt
+from .products import Blocks, LossAt, accumulate
 
 Tensors = dict[str, Tensor]
 
@@ -108,7 +108,7 @@ class RetainedHessian(HessianOperator):
     def _product(self, v: Shards) -> Shards:
         total: Tensors = {}
         for leaves, _, gradient in self._graphs:
-            _accumulate(total, _pull(gradient, v, leaves), len(self._graphs))
+            accumulate(total, _pull(gradient, v, leaves), len(self._graphs))
         return self._lower.vector(self._lower.engine.average_gradients(total))
 
     def mixed(self, v: Shards) -> dict[str, Shards]:
@@ -124,7 +124,7 @@ class RetainedHessian(HessianOperator):
         for key, block in self._uppers.items():
             total: Tensors = {}
             for _, uppers, gradient in self._graphs:
-                _accumulate(total, _pull(gradient, v, uppers[key]), len(self._graphs))
+                accumulate(total, _pull(gradient, v, uppers[key]), len(self._graphs))
             found[key] = block.vector(block.engine.average_gradients(total))
         return found
 
@@ -154,9 +154,3 @@ def _pull(gradient: Mapping[str, Tensor], v: Shards, leaves: Mapping[str, Tensor
         materialize_grads=True,
     )
     return dict(zip(leaves, found, strict=True))
-
-
-def _accumulate(total: Tensors, found: Mapping[str, Tensor], count: int) -> None:
-    for name, t in found.items():
-        part = t.detach() / count
-        total[name] = total[name].add_(part) if name in total else part

@@ -32,6 +32,7 @@ from ..rng import seeded
 from ..shards import Shards
 from .errors import DerivativeError, explained
 from .finite_difference import CentralDifference
+from .safety import guarded
 from .skeleton import Lender
 from .stop_gradient import NoGradIsConstant
 
@@ -49,7 +50,7 @@ class LossAt:
         batches: Micro-batches.
         seed: Random numbers (dropout masks) are drawn from it, micro-batch after micro-batch.
         engines: All engines the loss may call.
-        required: An engine it must call: derivatives by its weights would otherwise be silently zero.
+        required: An engine it must call, if any: derivatives by its weights would otherwise be silently zero.
         point: Weights to use in the place of the live ones.
     """
 
@@ -57,8 +58,13 @@ class LossAt:
     batches: Sequence[Any]
     seed: int
     engines: Sequence[Engine]
-    required: Engine
+    required: Engine | None
     point: Sequence[Vector] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.engines[0].device
 
     def at(self, *point: Vector) -> "LossAt":
         """The same loss at other weights."""
@@ -66,7 +72,7 @@ class LossAt:
 
     def value(self) -> float:
         """The loss."""
-        total = torch.zeros((), dtype=torch.float64, device=self.required.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self.running(), torch.no_grad():
             for batch in self.batches:
                 total += self.local_loss(batch, self.weights())
@@ -81,7 +87,7 @@ class LossAt:
         Returns:
             One vector per key, mean over ranks and micro-batches.
         """
-        return self._differentiate((), wanted, lambda x: x)
+        return self._differentiate((), wanted, [_primal])[0]
 
     def tangents(self, moving: Sequence[Vector], wanted: Blocks) -> dict[str, Shards]:
         """``d/de`` of the gradient by the wanted parameters while others move; see the module's docstring.
@@ -94,7 +100,14 @@ class LossAt:
             One vector per key, mean over ranks and micro-batches, laid out like the block.
         An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
         """
-        return self._differentiate(moving, wanted, _tangent)
+        return self._differentiate(moving, wanted, [_tangent])[0]
+
+    def gradient_and_tangents(
+        self, moving: Sequence[Vector], wanted: Blocks
+    ) -> tuple[dict[str, Shards], dict[str, Shards]]:
+        """:meth:`gradient` and :meth:`tangents` out of one pass, which has both."""
+        gradient, tangents = self._differentiate(moving, wanted, [_primal, _tangent])
+        return gradient, tangents
 
     def directional_outputs(self, lower: ParameterBlock, v: Shards, wanted: Blocks) -> dict[str, Shards]:
         """The mixed partial with central differences of the lower module's outputs, the rest of the loss exact.
@@ -107,16 +120,16 @@ class LossAt:
         Returns:
             As :meth:`tangents`.
         """
-        return self._differentiate((), wanted, _tangent, CentralDifference(lower, v))
+        return self._differentiate((), wanted, [_tangent], CentralDifference(lower, v))[0]
 
     def _differentiate(
         self,
         moving: Sequence[Vector],
         wanted: Blocks,
-        part: Callable[[Tensor], Tensor | None],
+        parts: Sequence[Callable[[Tensor], Tensor | None]],
         difference: CentralDifference | None = None,
-    ) -> dict[str, Shards]:
-        total: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
+    ) -> list[dict[str, Shards]]:
+        totals: list[dict[str, dict[str, Tensor]]] = [{key: {} for key in wanted} for _ in parts]
         dual = fwAD.dual_level() if moving or difference else nullcontext()
         with explained(), self.running():
             for batch in self.batches:
@@ -131,14 +144,10 @@ class LossAt:
                     leaves = {key: {n: weights[b.engine][n] for n in b.names} for key, b in wanted.items()}
                     loss = partial(self._loss_of_leaves, batch, weights, moving, wanted, difference)
                     gradients = torch.func.grad(loss)(leaves)
-                    for key, by_name in gradients.items():
-                        for name, gradient in by_name.items():
-                            found = part(gradient)
-                            if found is not None:
-                                found = found.detach() / len(self.batches)
-                                total[key][name] = total[key][name].add_(found) if name in total[key] else found
-        averaged = {key: block.engine.average_gradients(_filled(block, total[key])) for key, block in wanted.items()}
-        return {key: block.vector(averaged[key]) for key, block in wanted.items()}
+                    for part, total in zip(parts, totals, strict=True):
+                        for key, by_name in gradients.items():
+                            accumulate(total[key], {n: part(g) for n, g in by_name.items()}, len(self.batches))
+        return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
 
     def _loss_of_leaves(self, batch, weights, moving, wanted, difference, leaves) -> Tensor:
         traced = {engine: dict(held) for engine, held in weights.items()}
@@ -150,8 +159,8 @@ class LossAt:
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Random numbers and attention as every pass of this loss needs them."""
-        with seeded(self.seed, self.required.device), sdpa_kernel(SDPBackend.MATH):
+        """Random numbers, attention and guarded operations as every pass of this loss needs them."""
+        with seeded(self.seed, self.device), sdpa_kernel(SDPBackend.MATH), guarded():
             yield
 
     def weights(self) -> dict[Engine, dict[str, Tensor]]:
@@ -200,7 +209,7 @@ class LossAt:
                     run = partial(difference.call, lender)
                 stack.enter_context(engine.functional(partial(_noting, called, engine, run)))
             loss = self.evaluate(batch)
-        if self.required not in called:
+        if self.required is not None and self.required not in called:
             raise DerivativeError(
                 f"the loss of level '{self.required.name}' never calls its module through `self.module`: derivatives "
                 "by its weights would be zero. Do not keep the module under another name."
@@ -228,9 +237,29 @@ def _gather_apart(engine: Engine, groups: Sequence[set[str]], shards: Mapping[st
     return full | (engine.gather(left) if left else {})
 
 
+def _primal(x: Tensor) -> Tensor:
+    return fwAD.unpack_dual(x).primal if fwAD._current_level >= 0 else x
+
+
 def _tangent(x: Tensor) -> Tensor | None:
     return fwAD.unpack_dual(x).tangent
 
 
-def _filled(block: ParameterBlock, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: found[n] if n in found else torch.zeros_like(block.engine.local(n)) for n in block.names}
+def accumulate(total: dict[str, Tensor], found: Mapping[str, Tensor | None], count: int) -> None:
+    """Add one of ``count`` micro-batches' part to a mean, in place.
+
+    Args:
+        total: The mean so far; names without a part are missing.
+        found: This micro-batch's tensors.
+        count: Number of micro-batches.
+    """
+    for name, t in found.items():
+        if t is not None:
+            part = t.detach() / count
+            total[name] = total[name].add_(part) if name in total else part
+
+
+def _average(block: ParameterBlock, total: Mapping[str, Tensor]) -> Shards:
+    """The mean over ranks, zeros where nothing was found."""
+    filled = {n: total[n] if n in total else torch.zeros_like(block.engine.local(n)) for n in block.names}
+    return block.vector(block.engine.average_gradients(filled))

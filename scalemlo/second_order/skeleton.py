@@ -15,8 +15,12 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack
+from torch._dynamo.eval_frame import OptimizedModule
 
+from .errors import DerivativeError
 from .remat import remat
+from .safety import find_foreign_kernel, guarded, make_safe
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Skeleton:
     def __init__(self, module: nn.Module, unit_names: Sequence[str] = ()):
         self._live = module
         self.module = _structure(module)
+        self._foreign_kernel = find_foreign_kernel(module)
         canonical = {id(p): name for name, p in module.named_parameters()}
         names = {name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
         self.units = [Unit("")] + [Unit(name) for name in unit_names]
@@ -103,14 +108,25 @@ class Skeleton:
             if buffer is not None
         ]
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a call of the module is running on what the skeleton is lent."""
+        return self._lender is not None
+
     @contextmanager
     def lent(self, lender: Lender) -> Iterator[None]:
         """While inside, calls of the skeleton compute with what ``lender`` gives.
 
         Buffers are copies of the live ones, so that running statistics of the live module stay as they are; train and
         eval modes follow the live module.
+
+        Raises:
+            DerivativeError: If an exact derivative is taken through a kernel that has none; see :mod:`.safety`.
         """
         assert self._lender is None, "the skeleton is already in use"
+        keeps_graph = torch.is_grad_enabled() and not get_interpreter_stack()
+        if self._foreign_kernel and (lender.remat or keeps_graph):  # values alone are right
+            raise DerivativeError(f"no exact derivatives: {self._foreign_kernel}")
         for skeleton, live in zip(self.module.modules(), self._live.modules(), strict=True):
             skeleton.training = live.training
         for owner, attribute, prefix in self._buffers:
@@ -127,7 +143,7 @@ class Skeleton:
         assert lender is not None, "a skeleton runs only inside `lent`"
         units = self.units if lender.at_once else self.units[:1]
         names = dict.fromkeys(name for unit in units for name in unit.names)
-        with _borrowed(units, lender.gather({name: lender.shards[name] for name in names})):
+        with guarded(), _borrowed(units, lender.gather({name: lender.shards[name] for name in names})):
             bound = self.module if method == "forward" else getattr(self.module, method)
             return bound(*args, **kwargs)
 
@@ -138,7 +154,7 @@ class Skeleton:
             return forward(*args, **kwargs)
 
         def with_shards(shards: Mapping[str, Tensor], args: tuple, kwargs: dict) -> object:
-            with _borrowed([unit], lender.gather(shards)):
+            with guarded(), _borrowed([unit], lender.gather(shards)):  # guarded: a backward has threads of its own
                 return forward(*args, **kwargs)
 
         shards = {name: lender.shards[name] for name in unit.names}
@@ -166,6 +182,11 @@ def _call(function: Callable, *args: object) -> object:
 def _structure(module: nn.Module) -> nn.Module:
     """Deep copy with every parameter on the meta device; no weight is copied, buffers are shared."""
     for name, m in module.named_modules():
+        if isinstance(m, OptimizedModule):
+            raise ValueError(
+                f"{name or 'the module'} is wrapped by torch.compile, whose copy would go on calling the live module. "
+                "Call its compile() method instead (module.compile()), which keeps the module as it is."
+            )
         if isinstance(m.__dict__.get("forward"), FunctionType):  # a closure would go on calling the live module
             raise ValueError(
                 f"the forward of {name or type(module).__name__!r} was replaced by a function on the instance; exact "
@@ -184,9 +205,7 @@ def _structure(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} cannot be deep-copied, which exact derivatives need ({error}). Keep locks, open "
             "files and process groups out of the module's attributes."
         ) from error
-    for m in structure.modules():
-        if getattr(m, "gradient_checkpointing", False):  # torch.utils.checkpoint fails inside torch.func
-            m.gradient_checkpointing = False
+    make_safe(structure)
     return structure
 
 

@@ -1,0 +1,183 @@
+"""What must not reach a second derivative: kernels that have none, and operations whose formulas are wrong.
+
+Three fences. :func:`make_safe` switches a skeleton, a copy of the module, to implementations in torch's own operations
+where the model's config names one. :func:`find_foreign_kernel` finds layers that cannot be switched; a derivative
+through them is refused. :func:`guarded` watches single operations while a skeleton runs. What raises by itself is left
+to :func:`.errors.explained`. Each row of this file has one in ``tests/test_op_audit.py`` or ``tests/test_families.py``.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from .attention import chunked_name
+from .errors import DerivativeError
+
+# ---- switched on the copy ------------------------------------------------------------------------------------------
+SAFE_EXPERTS = ("eager", "batched_mm")
+"""Implementations of transformers' mixtures of experts that are made of torch's own operations."""
+
+
+def make_safe(structure: nn.Module) -> None:
+    """Switch a copied module, in place, to implementations that can be differentiated twice.
+
+    Attention in fused kernels (flash, flex, kernels of the hub) becomes ``sdpa``, or ``eager`` where the model has no
+    ``sdpa`` because it caps scores or has sinks; both run in chunks of queries (:mod:`.attention`). Grouped matrix products of experts
+    become ``eager``. Gradient checkpointing and compilation are switched off.
+
+    Args:
+        structure: The copy, with configs of its own.
+    """
+    for module in structure.modules():
+        if getattr(module, "gradient_checkpointing", False):  # torch.utils.checkpoint fails inside torch.func
+            module.gradient_checkpointing = False
+        module._compiled_call_impl = None  # of nn.Module.compile
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    models = [m for m in structure.modules() if isinstance(m, transformers.PreTrainedModel)]
+    for model in reversed(models):  # the innermost model that shares a config is the one whose code reads it
+        config = model.config
+        named = config._attn_implementation
+        if named is not None and named.removeprefix("paged|") not in _own_implementations():
+            named = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+            config._attn_implementation_internal = named
+        if named in ("sdpa", "eager") and not getattr(config, "output_attentions", False):
+            config._attn_implementation_internal = chunked_name(model, named)
+        if getattr(config, "_experts_implementation", None) not in (None, *SAFE_EXPERTS):
+            config._experts_implementation_internal = "eager"
+
+
+def _own_implementations() -> set[str]:
+    """Names under which no fused kernel is registered: transformers' own two, and those a user registered."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    registered = {n for n in ALL_ATTENTION_FUNCTIONS if not any(kind in n for kind in ("flash", "flex", "paged", "/"))}
+    return {"eager", "sdpa"} | registered
+
+
+# ---- refused -------------------------------------------------------------------------------------------------------
+FOREIGN_KERNELS = {
+    "liger_kernel": "load the model without Liger kernels (use_liger_kernel=False)",
+    "cut_cross_entropy": "compute the loss from logits, as scalemlo.hf.losses does",
+    "unsloth": "load the model with transformers",
+    "flash_attn": "use the modules of transformers with attn_implementation='sdpa'",
+    "xformers": "use attention of torch or transformers",
+    "apex": "use torch.nn.LayerNorm or torch.nn.RMSNorm",
+    "transformer_engine": "use the layers of torch.nn",
+    "mamba_ssm": "use the slow path of transformers (uninstall mamba_ssm)",
+    "fla": "use the torch path of transformers (uninstall fla)",
+    **dict.fromkeys(
+        ("bitsandbytes", "awq", "gptqmodel", "auto_gptq", "hqq", "optimum", "aqlm", "eetq", "torchao", "fbgemm_gpu"),
+        "load the weights in bf16 instead of quantised; with LoRA, the base may stay frozen in bf16",
+    ),
+}
+"""Packages whose layers compute in kernels of their own, and the way out of each."""
+
+FLAGS = {
+    "_use_kernels": "kernels of the hub have no second derivatives; load the model with use_kernels=False",
+    "is_quantized": f"quantised layers have no second derivatives; {FOREIGN_KERNELS['bitsandbytes']}",
+}
+"""What models of transformers say of themselves, and the way out of each."""
+
+
+def find_foreign_kernel(module: nn.Module) -> str | None:
+    """Look for a layer whose second derivatives would be missing or silently zero.
+
+    A kernel in a ``torch.autograd.Function`` whose backward is a kernel too drops out of a double backward without a
+    word, and has no forward derivative.
+
+    Args:
+        module: The live module.
+
+    Returns:
+        What is wrong with the first such layer and the way out, or None.
+    """
+    for path, m in module.named_modules():
+        for attribute, way_out in FLAGS.items():
+            if getattr(m, attribute, False):
+                return f"{type(m).__name__} has {attribute}=True: {way_out}."
+        code = [type(m), getattr(m.forward, "__func__", m.forward), getattr(m, "_loss_function", None)]
+        code += [kind for p in m._parameters.values() if p is not None for kind in (type(p), type(p.data))]
+        for part in code:
+            package = (getattr(part, "__module__", None) or "").split(".")[0]
+            if package in FOREIGN_KERNELS:
+                return (
+                    f"{path or 'the module'} ({type(m).__name__}) computes in kernels of {package!r}, which have no "
+                    f"second derivatives: {FOREIGN_KERNELS[package]}."
+                )
+    return None
+
+
+# ---- single operations ---------------------------------------------------------------------------------------------
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Watch the operations of a derivative in this thread: see :class:`Guard`."""
+    if any(isinstance(mode, Guard) for mode in _get_current_function_mode_stack()):
+        yield
+        return
+    with Guard():
+        yield
+
+
+class Guard(TorchFunctionMode):
+    """Puts right, or refuses, operations whose second derivatives are wrong without an error.
+
+    - Random masks shaped like a tensor are drawn for its contiguous copy: inside ``torch.func`` they are filled in
+      logical order, outside in memory order, and a rematerialised unit would not get its own mask back.
+    - Weight normalisation is written out: torch's fused one is wrong in double backward.
+    - The mean squared error is written out: its tangent formula cannot add to a target that does not move.
+    - Products by ``scatter_reduce`` are refused: their second derivative is wrong.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run one operation."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _RANDOM_LIKE and args and isinstance(args[0], Tensor):
+            in_place = name.endswith("_") or kwargs.get("inplace") or (func in _DROPOUT and args[3:4] == (True,))
+            args = (_dense(name, args[0], bool(in_place)), *args[1:])
+        elif func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        elif func is F.mse_loss and len(args) == 2 and not kwargs.keys() - {"reduction"}:
+            squares = (args[0] - args[1]).square()
+            return {"mean": squares.mean, "sum": squares.sum}.get(kwargs.get("reduction", "mean"), lambda: squares)()
+        elif name in ("scatter_reduce", "scatter_reduce_") and _says((*args, *kwargs.values()), "prod"):
+            raise DerivativeError(
+                "scatter_reduce(reduce='prod') has a wrong second derivative in torch. Sum logarithms with "
+                "scatter_add and take the exponential, or put it behind torch.no_grad()."
+            )
+        return func(*args, **kwargs)
+
+
+_DROPOUT = (F.dropout, F.alpha_dropout)
+_RANDOM_LIKE = frozenset(
+    ("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "native_dropout", "rrelu", "rrelu_", "bernoulli")
+    + ("rand_like", "randn_like", "randint_like")
+)
+
+
+def _says(arguments: Iterable[object], word: str) -> bool:
+    return any(isinstance(x, str) and x == word for x in arguments)
+
+
+def _dense(name: str, x: Tensor, in_place: bool) -> Tensor:
+    if x.is_contiguous():
+        return x
+    if in_place:
+        raise DerivativeError(
+            f"{name} in place on a tensor that is not contiguous draws another mask when it runs again. Use "
+            "inplace=False, or call .contiguous() before it."
+        )
+    return x.contiguous()
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``, the norm over every dimension but one, or over all for ``dim = -1``."""
+    over = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
+    return v * (g / v.square().sum(over, keepdim=dim != -1).sqrt())

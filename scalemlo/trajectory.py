@@ -1,0 +1,184 @@
+"""The last steps of a level, kept so that they can be taken again, or differentiated through.
+
+A step is a function of the state before it (weights and optimizer state, as local shards), of the parameters of the
+levels above, which did not move since, and of what was recorded: batches, seed, options of the optimizer. States are
+kept on the host, every ceil(sqrt(K))-th of K; those in between are computed again, segment by segment, so that about
+2 sqrt(K) are alive at once.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .engines.base import ParameterBlock
+from .second_order.products import LossAt, Vector
+from .shards import Shards
+from .update_rules import State, UpdateRule, update_rule
+
+if TYPE_CHECKING:
+    from .training import LevelTrainer
+
+
+@dataclass(frozen=True)
+class LevelState:
+    """Weights and optimizer state of a level, as local shards."""
+
+    weights: Shards
+    optimizer: dict[str, State]
+
+    @classmethod
+    def of(cls, trainer: "LevelTrainer") -> "LevelState":
+        """What a level holds now; aliases the live tensors."""
+        states = {name: _tensors(trainer.optimizer_state(name)) for name in trainer.block.names}
+        return cls(trainer.weights(), states)
+
+    def copied(self, device: torch.device) -> "LevelState":
+        """A copy on a device."""
+
+        def copy(t: Tensor) -> Tensor:
+            return t.to(device, copy=True)
+
+        return LevelState(
+            self.weights.map(copy), {n: {k: copy(t) for k, t in state.items()} for n, state in self.optimizer.items()}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on this rank."""
+        moments = sum(t.numel() * t.element_size() for state in self.optimizer.values() for t in state.values())
+        return self.weights.nbytes + moments
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """What a step depends on besides the state before it."""
+
+    loss: LossAt
+    block: ParameterBlock
+    groups: Mapping[str, Mapping[str, Any]]  # the optimizer's options by parameter, as they were
+    max_grad_norm: float | None
+    rule: UpdateRule
+
+    def at(self, state: LevelState, *others: Vector) -> LossAt:
+        """The loss of the step at a state, and at other weights of other levels where given."""
+        return self.loss.at((self.block, state.weights), *others)
+
+    def gradient(self, state: LevelState, *others: Vector) -> Shards:
+        """The gradient the step starts from: mean over ranks and micro-batches, not clipped."""
+        return self.at(state, *others).gradient({"lower": self.block})["lower"]
+
+    def update(self, state: LevelState, gradient: Shards) -> LevelState:
+        """The state after the step, from the gradient of its loss.
+
+        Args:
+            state: Before.
+            gradient: Not clipped yet.
+
+        Returns:
+            After.
+        """
+        factor = clipping_factor(gradient, self.max_grad_norm)
+        weights, optimizer = {}, {}
+        for name, g in gradient.items():
+            g = g * factor if factor < 1.0 else g
+            optimizer[name], weights[name] = self.rule(self.groups[name], state.optimizer[name], state.weights[name], g)
+        return LevelState(Shards(weights, gradient.group), optimizer)
+
+
+class Trajectory:
+    """Steps of one level in a row.
+
+    Args:
+        num_steps: How many are going to be recorded.
+        device: Where the level computes.
+    """
+
+    def __init__(self, num_steps: int, device: torch.device):
+        self.stride = math.isqrt(num_steps - 1) + 1  # ceil(sqrt(K))
+        self.steps: list[RecordedStep] = []
+        self.peak_bytes = 0
+        self._device = device
+        self._kept: list[LevelState] = []  # before steps 0, stride, 2 stride, ...
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded so far."""
+        return len(self.steps)
+
+    def record(self, trainer: "LevelTrainer") -> None:
+        """Note the step that a level is about to make."""
+        if self.num_steps % self.stride == 0:
+            self._kept.append(LevelState.of(trainer).copied(torch.device("cpu")))
+            self._count([])
+        groups = {
+            name: {key: _option(value) for key, value in trainer.parameter_group(name).items() if key != "params"}
+            for name in trainer.block.names
+        }
+        rule = update_rule(trainer.optimizer, trainer.name)
+        self.steps.append(RecordedStep(trainer.loss_at(), trainer.block, groups, trainer.level.max_grad_norm, rule))
+
+    def start(self) -> LevelState:
+        """The state before the first step."""
+        return self._kept[0].copied(self._device)
+
+    def forward(self, *others: Vector) -> LevelState:
+        """Take all steps again.
+
+        Args:
+            *others: Weights of levels above to take them with, instead of the live ones.
+
+        Returns:
+            The state after the last.
+        """
+        state = self.start()
+        for step in self.steps:
+            state = step.update(state, step.gradient(state, *others))
+        return state
+
+    def states(self) -> Iterator[tuple[RecordedStep, LevelState]]:
+        """All steps, first one first, each with the state before it."""
+        state = self.start()
+        for i, step in enumerate(self.steps):
+            yield step, state
+            if i + 1 < self.num_steps:
+                state = step.update(state, step.gradient(state))
+
+    def backward(self) -> Iterator[tuple[RecordedStep, LevelState, Shards]]:
+        """All steps, last one first, each with the state before it and the gradient it used."""
+        for first in reversed(range(0, self.num_steps, self.stride)):
+            segment = self.steps[first : first + self.stride]
+            pairs: list[tuple[LevelState, Shards]] = []
+            state = self._kept[first // self.stride].copied(self._device)
+            for i, step in enumerate(segment):
+                gradient = step.gradient(state)
+                pairs.append((state, gradient))
+                self._count(pairs)
+                if i + 1 < len(segment):
+                    state = step.update(state, gradient)
+            for step in reversed(segment):
+                state, gradient = pairs.pop()
+                yield step, state, gradient
+
+    def _count(self, pairs: Sequence[tuple[LevelState, Shards]]) -> None:
+        held = sum(state.nbytes for state in self._kept)
+        held += sum(state.nbytes + gradient.nbytes for state, gradient in pairs)
+        self.peak_bytes = max(self.peak_bytes, held)
+
+
+def clipping_factor(gradient: Shards, max_grad_norm: float | None) -> float:
+    """``min(1, max_grad_norm / (|g| + 1e-6))``, as the level's own step clips."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (float(gradient.norm()) + 1e-6))
+
+
+def _tensors(state: Mapping[str, Any]) -> State:
+    """The optimizer's state in the form of the update rules; ``step`` in fp64, where it is exact."""
+    found = {key: t for key, t in state.items() if isinstance(t, Tensor)}
+    return found | ({"step": found["step"].double()} if "step" in found else {})
+
+
+def _option(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) else value
