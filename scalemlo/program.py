@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from .data import BatchStream
 from .distributed import any_rank, initialize, is_main_process, rank, world_size
 from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
-from .hypergradients import ImplicitHypergradient, Result, UnrollingHypergradient
+from .hypergradients import Hypergradient, ImplicitHypergradient, Result, UnrollingHypergradient
 from .level import Level
 from .second_order.errors import DerivativeError
 from .second_order.ghost import TOLERANCE, GhostProducts, disagreement, relative_difference
@@ -29,6 +29,9 @@ from .undo import undone
 from .update_rules import update_rule
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from .check import CheckReport
 
 Callback = Callable[["Program", dict[str, float]], None]
 """Called after every outer iteration with the program and the record of the iteration."""
@@ -86,6 +89,7 @@ class Program:
         self._verified: set[str] = set()  # levels whose ghost products have been compared with the forward derivative
         self._without_products: dict[str, str] = {}  # why levels that leave it open take the forward derivative
         self._gradients: dict[str, tuple[Shards, float]] = {}
+        self._pulls: dict[str, list[Shards]] = {}  # on lower levels at this tick, of estimators that change their loss
         self._record: dict[str, list[float]] = {}
         self._stop = False
 
@@ -173,6 +177,23 @@ class Program:
                     self._update([trainer])
             yield
 
+    def check(self, estimators: Sequence[Hypergradient] | None = None) -> "CheckReport":
+        """Compare estimators of every hop with the exact hypergradient, and derivatives with a second way to have them.
+
+        At the point reached, on the next batches; nothing is trained, weights and states are bit for bit as before.
+        Where a lower level's steps cannot be taken again (unknown optimizer, moving levels below it) only the second
+        ways are compared. Costs some lower steps and one hypergradient per estimator; collective.
+
+        Args:
+            estimators: What to compare beside the program's own; by default a few of each kind.
+
+        Returns:
+            Findings, comparisons, and a verdict in words.
+        """
+        from .check import check_program
+
+        return check_program(self, estimators)
+
     @contextmanager
     def inference(self, level: str) -> Iterator[ModuleView]:
         """A level's module for evaluation: eval mode, no gradients. Collective where the engine shards.
@@ -232,7 +253,7 @@ class Program:
             seed = int(torch.randint(2**48, (), generator=self._generator)) + rank()
             with self._phase(trainer, "data"):
                 trainer.fetch(seed)
-        self._gradients = {}
+        self._gradients, self._pulls = {}, {}
 
     def _gradient(self, trainer: LevelTrainer) -> tuple[Shards, float]:
         """The clipped total gradient of a level at this tick, computed once, and its clipping factor."""
@@ -269,7 +290,10 @@ class Program:
                 "Freeze them with requires_grad_(False), select others with `parameters`, or set allow_unused=True "
                 "where some batches leave parameters out."
             )
-        return result.gradients[trainer.name]
+        gradient = result.gradients[trainer.name]
+        for pull in self._pulls.pop(trainer.name, ()):
+            gradient.add_(pull)
+        return gradient
 
     def _hypergradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
         """Reverse accumulation over the levels below: each is solved once, whatever the number of paths."""
@@ -290,6 +314,13 @@ class Program:
                     "so the hypergradient through it would be zero. If what it computes has no derivative, use "
                     f"ZerothOrder() or Reinforce() as the hypergradient of {lower.name!r}; if it stands behind "
                     "detach() or no_grad(), take it out from there."
+                )
+        for lower in (self.trainers[n] for n in dependent):
+            if lower.estimator.only_direct and not result.reached[name]:
+                raise ValueError(
+                    f"level {name!r}: its loss does not depend on its own parameters, and "
+                    f"{type(lower.estimator).__name__} of level {lower.name!r} gives the direct gradient alone: the "
+                    "hypergradient would be zero. Use Penalty(), or let the loss read self.module."
                 )
         adjoints = result.gradients
         for lower_name in reversed(dependent):
@@ -320,6 +351,9 @@ class Program:
             if isinstance(lower.estimator, ImplicitHypergradient) and lower.estimator.chooses_method:
                 self._note(f"ghost/{lower.name}", 0.0)
         self._note_solve(lower, result)
+        if result.pull is not None:
+            assert lower.name not in self._gradients, "upper levels come first"
+            self._pulls.setdefault(lower.name, []).append(result.pull)
         return found
 
     def _takes_products(self, lower: LevelTrainer) -> bool:
@@ -466,20 +500,25 @@ class Program:
                 stream = BatchStream(level.data, level=level.name, device=self.device, seed=shuffle_seed)  # type: ignore[arg-type]
             trainers[level.name] = LevelTrainer(level, engine, names[level.name], stream)
         for trainer in trainers.values():
-            self._check_unrolling(trainer)
+            if isinstance(trainer.estimator, UnrollingHypergradient):
+                self._check_unrolling(trainer, trainer.estimator)
+            if trainer.estimator.only_direct and trainer.level.unroll_steps > 1:
+                raise ValueError(
+                    f"level {trainer.name!r}: unroll_steps={trainer.level.unroll_steps}, but "
+                    f"{type(trainer.estimator).__name__} is single-loop: at its other steps the levels above have no "
+                    "loss to pull it with. Set unroll_steps=1."
+                )
             trainer.others = {n: trainers[n] for n in self.graph.reads(trainer.name)}
             trainer.gradient = lambda trainer=trainer: self._gradient(trainer)
         return trainers
 
-    def _check_unrolling(self, trainer: LevelTrainer) -> None:
-        if not isinstance(trainer.estimator, UnrollingHypergradient):
-            return
-        trainer.estimator.steps_of(trainer.level.unroll_steps, trainer.name)
+    def _check_unrolling(self, trainer: LevelTrainer, estimator: UnrollingHypergradient) -> None:
+        estimator.steps_of(trainer.level.unroll_steps, trainer.name)
         update_rule(trainer.optimizer, trainer.name)
         lowers = self.graph.lowers(trainer.name)
         if lowers:
             raise ValueError(
-                f"level {trainer.name!r}: {type(trainer.estimator).__name__} takes its steps again, but they depend on "
+                f"level {trainer.name!r}: {type(estimator).__name__} takes its steps again, but they depend on "
                 f"the moving levels {lowers} below it. Use an implicit estimator for it, ConjugateGradient() say."
             )
 

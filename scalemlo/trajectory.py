@@ -8,13 +8,14 @@ kept on the host, every ceil(sqrt(K))-th of K; those in between are computed aga
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .engines.base import ParameterBlock
+from .second_order.held import held_at_weights
 from .second_order.products import LossAt, Vector
 from .shards import Shards
 from .update_rules import State, UpdateRule, update_rule
@@ -120,6 +121,26 @@ class Trajectory:
         }
         rule = update_rule(trainer.optimizer, trainer.name)
         self.steps.append(RecordedStep(trainer.loss_at(), trainer.block, groups, trainer.level.max_grad_norm, rule))
+
+    def last(self, num_steps: int) -> "Trajectory":
+        """The last steps as a trajectory of their own; comes to the state before them by taking the others again."""
+        skipped = self.num_steps - num_steps
+        if skipped == 0:
+            return self
+        part = Trajectory(num_steps, self._device)
+        part.steps = self.steps[skipped:]
+        for i, (_, state) in enumerate(self.states()):
+            if i >= skipped and (i - skipped) % part.stride == 0:
+                part._kept.append(state.copied(torch.device("cpu")))
+        return part
+
+    def held(self) -> "Trajectory":
+        """The same steps with the stop-gradients of their losses held, for differences over moved upper parameters."""
+        part = Trajectory(self.num_steps, self._device)
+        part._kept = self._kept
+        for step, state in self.states():
+            part.steps.append(replace(step, loss=held_at_weights(step.at(state)).at()))
+        return part
 
     def start(self) -> LevelState:
         """The state before the first step."""

@@ -157,23 +157,18 @@ def test_masks_of_models_are_those_of_the_implementation(implementation, positio
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_of_a_product_grows_with_the_length_not_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that the largest tensor in a Hessian-vector product holds; all others are as long as the sequence."""
+@pytest.mark.parametrize("attend", [chunked_sdpa, chunked_eager])
+def test_memory_of_a_product_grows_with_the_length_not_its_square(attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor made inside a rematerialised unit, in its forward, its second forward and its backward."""
+    module = layer(groups=1)
 
     def largest(length: int) -> int:
-        config = tf.LlamaConfig(**SMALL, max_position_embeddings=length)
-        model = tf.LlamaForCausalLM(config)
-        make_safe(model)
-        weights = {n: p.detach() for n, p in model.named_parameters()}
-        ids = torch.zeros(1, length, dtype=torch.long)
+        def unit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(module, q, k, v, None, scaling=0.3)[0]
 
-        def loss(weights: dict[str, Tensor]) -> Tensor:
-            out = torch.func.functional_call(model, weights, (), {"input_ids": ids, "use_cache": False})
-            return out.logits.square().sum()
-
-        with Largest() as sizes, fwAD.dual_level():
-            torch.func.grad(loss)({n: fwAD.make_dual(w, torch.ones_like(w)) for n, w in weights.items()})
-        return sizes.numel
+        with Largest() as made:
+            second_derivative(partial(remat, unit), *torch.randn(3, 1, HEADS, length, 4, dtype=torch.float64))
+        return made.num_bytes
 
     monkeypatch.setattr(attention, "QUERY_CHUNK", 32)
     assert largest(512) == 2 * largest(256)
@@ -182,11 +177,11 @@ def test_memory_of_a_product_grows_with_the_length_not_its_square(monkeypatch: p
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the size of the largest tensor that is made."""
 
-    numel = 0
+    num_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes())
+                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
         return out

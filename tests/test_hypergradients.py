@@ -32,7 +32,7 @@ def test_forward_mixed_partial_equals_reference(engine, estimator, precision):
         PRECISIONS[precision],
     )
     problems = [Problem(kind=kind, accumulation=a, **options) for kind in LOWER_MODULES for a in ACCUMULATION.values()]
-    for by_rank in run_ranks(errors, world_size, problems, cls(), adaptive, spec()):
+    for by_rank in run_ranks(errors, world_size, problems, cls(mixed="forward"), adaptive, spec()):
         assert max(by_rank) < tolerance, dict(zip([(p.kind, p.accumulation) for p in problems], by_rank, strict=True))
 
 
@@ -42,7 +42,7 @@ def test_forward_mixed_partial_equals_reference(engine, estimator, precision):
 def test_four_ranks(spec, estimator):
     cls, adaptive = ESTIMATORS[estimator]
     problems = [Problem(kind=kind) for kind in LOWER_MODULES]
-    for by_rank in run_ranks(errors, 4, problems, cls(), adaptive, spec()):
+    for by_rank in run_ranks(errors, 4, problems, cls(mixed="forward"), adaptive, spec()):
         assert max(by_rank) < 1e-10
 
 

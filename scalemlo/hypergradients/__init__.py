@@ -6,6 +6,8 @@ from .forward_gradient import ForwardGradient
 from .identity import Identity
 from .neumann import Neumann
 from .nystrom import Nystrom
+from .penalty import Penalty
+from .penalty_free import PBGDFree
 from .reinforce import Reinforce
 from .sama import SAMA
 from .soba import SOBA
@@ -19,6 +21,8 @@ ESTIMATORS: dict[str, type[Hypergradient]] = {
     "conjugate_gradient": ConjugateGradient,
     "nystrom": Nystrom,
     "soba": SOBA,
+    "penalty": Penalty,
+    "pbgd_free": PBGDFree,
     "unrolled": Unrolled,
     "forward_gradient": ForwardGradient,
     "zeroth_order": ZerothOrder,
@@ -36,6 +40,8 @@ __all__ = [
     "LowerProblem",
     "Neumann",
     "Nystrom",
+    "PBGDFree",
+    "Penalty",
     "Reinforce",
     "Result",
     "SAMA",

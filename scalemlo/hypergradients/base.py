@@ -30,7 +30,7 @@ class Status(Enum):
     MAX_STEPS = "stopped at its limit of steps before its tolerance; try more steps, a looser tolerance or damping"
     INDEFINITE = "met a direction of negative curvature, stopped there; try damping, or more lower steps in between"
     SINGULAR = "met a direction of no curvature, stopped there; try damping"
-    DIVERGED = "the residual grew; try a smaller step_size, or damping"
+    DIVERGED = "the residual grew; try a smaller step_size or learning_rate, or damping"
 
     @property
     def is_good(self) -> bool:
@@ -48,6 +48,7 @@ class Result:
         num_iterations: Iterations of the solver.
         num_hvps: Hessian-vector products it took.
         residual: ``|v - H s| / |v|``, where the solver knows it.
+        pull: What to add to the lower level's own gradient of this tick, from estimators that change its loss.
     """
 
     value: Shards
@@ -55,6 +56,7 @@ class Result:
     num_iterations: int = 0
     num_hvps: int = 0
     residual: float | None = None
+    pull: Shards | None = None
 
 
 class LowerProblem(Protocol):
@@ -123,6 +125,9 @@ class Hypergradient(ABC):
 
     scores: ClassVar[bool] = False
     """Whether it reaches the upper parameters by the probability of draws, not by the lower loss's derivative."""
+
+    only_direct: ClassVar[bool] = False
+    """Whether it adds nothing to the direct gradient, which must not be missing then, but pulls the lower level."""
 
     unrolls: ClassVar[bool] = False
     """Whether it differentiates through steps the level took: they are recorded, and the level steps first."""

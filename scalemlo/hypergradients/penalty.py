@@ -1,16 +1,11 @@
 """The penalty method: hypergradients out of first derivatives alone, at the weights and at a second copy of them."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..engines.base import Engine, ParameterBlock
+from ..engines.base import ParameterBlock
+from ..second_order.held import held_at_weights
 from ..second_order.products import LossAt
-from ..second_order.stop_gradient import Constants
 from ..shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
 
@@ -90,7 +85,7 @@ class Penalty(Hypergradient):
         z = problem.weights()
         y = problem.memory.get("weights")
         y = z.clone() if y is None else y
-        lower, upper = _held_at_weights(problem.loss), _Upper.through(v, problem)
+        lower, upper = held_at_weights(problem.loss), _Upper.through(v, problem)
 
         for _ in range(self.num_steps):
             slope = lower.at((block, y)).gradient({problem.name: block})[problem.name]
@@ -124,8 +119,6 @@ class _Upper:
         loss, lower = problem.upper_loss, {problem.name: problem.block}
         if not problem.is_read:
             return cls(None, lower, {}, {}, v)
-        # What must be called is y's module. An upper loss that never calls its own has no direct gradient, rightly.
-        loss = replace(loss, required=problem.block.engine)
         uppers = {name: block for name, block in problem.uppers.items() if block.engine in loss.engines}
         direct = loss.gradient({**lower, **uppers})
         return cls(loss, lower, uppers, direct, v - direct.pop(problem.name))
@@ -150,42 +143,3 @@ class _Upper:
         assert self.loss is not None
         (block,) = self.lower.values()
         return self.loss.at((block, y)).gradient(wanted)
-
-
-class _LossConstants(Constants):
-    """Stop-gradients of a loss itself, not those inside the modules it calls: their passes differ in what they run."""
-
-    def __init__(self, engines: Sequence[Engine], recorded: list[Tensor] | None = None):
-        super().__init__(recorded)
-        self._engines = engines
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Record or replace, between the calls of modules."""
-        if any(engine.skeleton.in_use for engine in self._engines):
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _held_at_weights(loss: LossAt) -> LossAt:
-    """The same loss with its stop-gradients held at their values at the live weights, whatever weights it is given.
-
-    Costs one forward pass.
-    """
-    batches: list[tuple[list[Tensor], Any]] = []
-
-    def record(batch: Any) -> Tensor:
-        with _LossConstants(loss.engines) as constants:
-            value = loss.evaluate(batch)
-        batches.append((constants.values, batch))
-        return value
-
-    def replay(pair: tuple[list[Tensor], Any]) -> Tensor:
-        values, batch = pair
-        with _LossConstants(loss.engines, values):
-            return loss.evaluate(batch)
-
-    recording = replace(loss, evaluate=record)
-    with loss.running(), torch.enable_grad():  # no weight requires a gradient, so no graph is kept
-        for batch in loss.batches:
-            recording.local_loss(batch, loss.weights())
-    return replace(loss, evaluate=replay, batches=batches)

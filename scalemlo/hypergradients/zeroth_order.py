@@ -18,7 +18,8 @@ class ZerothOrder(UnrollingHypergradient):
 
     F is only evaluated, never differentiated: it may be any number a loss returns. The lower loss needs its gradient.
     Takes the K steps again twice per direction. Only the response of the lower level is estimated; where F depends on
-    lambda directly and has a derivative, the program adds it. Bias O(r^2) where F is smooth; the variance grows with
+    lambda directly and has a derivative, the program adds it. Stop-gradients are no constants here: what moves, moves.
+    Bias O(r^2) where F is smooth; the variance grows with
     the number of upper parameters.
 
     Reference: Spall 1992, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient

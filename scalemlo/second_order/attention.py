@@ -14,7 +14,7 @@ heads: one byte per pair with ``sdpa``, none where it is causal and nobody is pa
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ def chunked_sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     attend = partial(sdpa_attention_forward, module)
-    if not _in_chunks(query, kwargs):
+    if not _in_chunks((query, key, value), kwargs):
         return attend(query, key, value, attention_mask, **kwargs)
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -109,14 +109,16 @@ def chunked_eager(
     """
     attend = partial(sys.modules[type(module).forward.__module__].eager_attention_forward, module)
     holds_parameters = any(p is not None for p in module._parameters.values())  # attention sinks, read by eager code
-    if holds_parameters or not _in_chunks(query, kwargs):
+    if holds_parameters or not _in_chunks((query, key, value), kwargs):
         return attend(query, key, value, attention_mask, **kwargs)
     return _attend_in_chunks(partial(attend, **kwargs), query, key, value, attention_mask, causal=False), None
 
 
-def _in_chunks(query: Tensor, kwargs: dict[str, Any]) -> bool:
+def _in_chunks(qkv: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
     """Whether chunks are of use, and their results those of the whole."""
-    if query.shape[2] <= QUERY_CHUNK or not (inside_grad() or not torch.is_grad_enabled()):
+    if qkv[0].shape[2] <= QUERY_CHUNK:
+        return False
+    if torch.is_grad_enabled() and not inside_grad() and any(x.requires_grad for x in qkv):
         return False  # a graph that is kept keeps all chunks
     if kwargs.get("dropout"):  # chunks would draw other masks than the training step that is differentiated
         return False

@@ -179,8 +179,8 @@ class GhostProducts:
         if not output.requires_grad or output.dim() == 0:
             return None
         size = output.shape[0]
-        if size == 1 and self._size is not None:  # broadcast over the batch later on: let each example have its own
-            size = self._size
+        if size == 1 and self._size is not None and isinstance(module, nn.Embedding):
+            size = self._size  # positions, broadcast over the batch later on: let each example have its own
             output = output.expand(size, *output.shape[1:])
         elif size > 1 and self._size is None:
             self._size = size

@@ -27,8 +27,8 @@ def make_safe(structure: nn.Module) -> None:
     """Switch a copied module, in place, to implementations that can be differentiated twice.
 
     Attention in fused kernels (flash, flex, kernels of the hub) becomes ``sdpa``, or ``eager`` where the model has no
-    ``sdpa`` because it caps scores or has sinks; both run in chunks of queries (:mod:`.attention`). Grouped matrix products of experts
-    become ``eager``. Gradient checkpointing and compilation are switched off.
+    ``sdpa`` because it caps scores or has sinks; both run in chunks of queries (:mod:`.attention`). Grouped matrix
+    products of experts become ``eager``. Gradient checkpointing and compilation are switched off.
 
     Args:
         structure: The copy, with configs of its own.
@@ -144,7 +144,7 @@ class Guard(TorchFunctionMode):
             args = (_dense(name, args[0], bool(in_place)), *args[1:])
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        elif func is F.mse_loss and len(args) == 2 and not kwargs.keys() - {"reduction"}:
+        elif func is F.mse_loss and not any(v is not None for k, v in kwargs.items() if k != "reduction"):
             squares = (args[0] - args[1]).square()
             return {"mean": squares.mean, "sum": squares.sum}.get(kwargs.get("reduction", "mean"), lambda: squares)()
         elif name in ("scatter_reduce", "scatter_reduce_") and _says((*args, *kwargs.values()), "prod"):

@@ -1,0 +1,465 @@
+"""How near does a hypergradient come to the exact one, by rounding and by the estimator's own bias?
+
+    python benchmarks/fidelity.py [--quick] [--json PATH] [--peers-python PATH]
+
+Rounding: every estimator on every engine, in fp64, fp32 and bf16, against the same estimator written in plain torch in
+fp64 in one process on the whole batch: relative error, and for bf16 the cosine with the fp32 result. The problems are
+a softmax regression, with dense linear algebra as the reference, and a small Llama whose examples a net weighs, with
+autograd through everything as the reference.
+
+Bias: on the softmax regression near its optimum, where the lower level is strongly convex, against ``-M^T H^-1 v`` with
+the dense Hessian at the same weights. Beside scalemlo's estimators stand those of the peers, on the same problem with as
+many iterations. CPU-seconds are those of one hypergradient, the direct gradient included; on a problem this small they
+are overhead.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+FEATURES, CLASSES, EXAMPLES = 20, 5, 256
+ITERATIONS, STEP, RANK, DAMPING = 10, 1.0, 10, 0.01
+SOLVES = 3  # of SOBA, at one and the same point
+WARM_UP = 3  # steps of AdamW before SAMA, which has no derivative worth the name at a fresh optimizer's first step
+ADAMW = dict(lr=1e-3, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.0)
+VOCAB, LENGTH, BATCH = 37, 12, 8
+Tensors = dict[str, Tensor]
+
+
+# ---- softmax regression ----------------------------------------------------------------------------------------------
+class Classifier(nn.Module):
+    """Linear classifier; gives logits and a ridge penalty with a strength per feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(CLASSES, FEATURES))
+        self.bias = nn.Parameter(torch.zeros(CLASSES))
+
+    def forward(self, x: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:  # [B, D], [D] -> [B, C], []
+        penalty = (strength * self.weight.square()).sum() / 2 + 0.025 * self.bias.square().sum()
+        return F.linear(x, self.weight, self.bias), penalty
+
+
+class Hyper(nn.Module):
+    """Ridge strengths and class weights, both by their logarithms."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.linspace(-3.5, -1.5, FEATURES))
+        self.importance = nn.Parameter(torch.linspace(-0.3, 0.3, CLASSES))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.strength.exp(), self.importance.exp()
+
+
+def regression_lower_loss(lower, upper, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Weighted cross entropy plus penalty."""
+    strength, importance = upper()
+    logits, penalty = lower(batch[0], strength)
+    losses = F.cross_entropy(logits.to(strength.dtype), batch[1], reduction="none")
+    return (importance[batch[1]] * losses).mean() + penalty
+
+
+def regression_upper_loss(lower, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy on other data."""
+    logits, _ = lower(batch[0], batch[0].new_zeros(FEATURES))
+    return F.cross_entropy(logits.to(batch[0].dtype), batch[1])
+
+
+def regression(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Any, Any]:
+    """Lower module near its optimum, upper module, lower and upper batch; the same numbers in every dtype."""
+    torch.manual_seed(0)
+    lower, upper = Classifier(), Hyper()
+    truth = torch.randn(CLASSES, FEATURES)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        x = torch.randn(EXAMPLES, FEATURES)
+        return x.to(dtype), (x @ truth.T + 2 * torch.randn(EXAMPLES, CLASSES)).argmax(1)
+
+    train, meta = draw(), draw()
+    exact = tuple(m.double() for m in (lower, upper))
+    data = train[0].double(), train[1]
+    for _ in range(8):  # Newton
+        h, _, g, _ = dense(*exact, data, data)
+        move(lower, -torch.linalg.solve(h, g))
+    move(lower, 0.01 * torch.randn(CLASSES * (FEATURES + 1), generator=torch.Generator().manual_seed(1)).double())
+    for module in (lower, upper):
+        module.float().to(dtype)
+    return lower, upper, train, meta
+
+
+def move(module: nn.Module, by: Tensor) -> None:
+    """Add a flat vector to the parameters."""
+    with torch.no_grad():
+        sizes = [p.numel() for p in module.parameters()]
+        for p, d in zip(module.parameters(), by.split(sizes), strict=True):
+            p.add_(d.view_as(p))
+
+
+def dense(lower: nn.Module, upper: nn.Module, train, meta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``H [n, n]``, ``M = d2L/dw dlambda [n, m]``, ``g = dL/dw [n]``, ``v = dF/dw [n]``."""
+    names, hyper_names = [n for n, _ in lower.named_parameters()], [n for n, _ in upper.named_parameters()]
+
+    def unflat(flat: Tensor, module: nn.Module, keys: list[str]) -> Tensors:
+        parts = flat.split([p.numel() for p in module.parameters()])
+        return {n: t.view(p.shape) for n, t, p in zip(keys, parts, module.parameters(), strict=True)}
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        bound = partial(functional_call, lower, unflat(w, lower, names))
+        hyper = partial(functional_call, upper, unflat(x, upper, hyper_names), ())
+        return regression_lower_loss(lambda *args: bound(args), hyper, train)
+
+    def outer(w: Tensor) -> Tensor:
+        bound = partial(functional_call, lower, unflat(w, lower, names))
+        return regression_upper_loss(lambda *args: bound(args), meta)
+
+    w, x = flat_of(lower), flat_of(upper)
+    gradient = torch.func.grad(loss)
+    h, m = torch.func.jacrev(gradient)(w, x), torch.func.jacrev(gradient, argnums=1)(w, x)
+    return h, m, gradient(w, x), torch.func.grad(outer)(w)
+
+
+def flat_of(module: nn.Module) -> Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+# ---- the estimators in dense linear algebra: s(v) ------------------------------------------------------------------
+def identity(h: Tensor, v: Tensor, **_) -> Tensor:
+    """T1-T2."""
+    return v
+
+
+def sama(h: Tensor, v: Tensor, *, g: Tensor, moments: Tensors, **_) -> Tensor:
+    """``du/dg v`` of AdamW, by autograd through its formula."""
+    g = g.clone().requires_grad_()
+    (b1, b2), step = ADAMW["betas"], WARM_UP + 1
+    m = (b1 * moments["exp_avg"] + (1 - b1) * g) / (1 - b1**step)
+    q = (b2 * moments["exp_avg_sq"] + (1 - b2) * g * g) / (1 - b2**step)
+    return torch.autograd.grad((ADAMW["lr"] * m / (q.sqrt() + ADAMW["eps"])).sum(), g)[0] * v
+
+
+def neumann(h: Tensor, v: Tensor, **_) -> Tensor:
+    """Truncated series."""
+    s = torch.zeros_like(v)
+    for _ in range(ITERATIONS):
+        s = s + STEP * (v - h @ s)
+    return s
+
+
+def conjugate_gradient(h: Tensor, v: Tensor, **_) -> Tensor:
+    """Textbook."""
+    s, r, p = torch.zeros_like(v), v, v
+    for _ in range(ITERATIONS):
+        alpha = (r @ r) / (p @ h @ p)
+        s, last = s + alpha * p, r
+        r = r - alpha * (h @ p)
+        p = r + (r @ r) / (last @ last) * p
+    return s
+
+
+def nystrom(h: Tensor, v: Tensor, *, draws: Tensor, **_) -> Tensor:
+    """Low rank, from the same test vectors ``[n, k]``."""
+    y = h @ draws
+    low_rank = y @ torch.linalg.pinv(draws.T @ y, hermitian=True) @ y.T
+    return torch.linalg.solve(low_rank + DAMPING * torch.eye(len(v), dtype=v.dtype), v)
+
+
+def soba(h: Tensor, v: Tensor, **_) -> Tensor:
+    """Gradient steps on the linear system, one per solve."""
+    s = torch.zeros_like(v)
+    for _ in range(SOLVES):
+        s = s - STEP * (h @ s - v)
+    return s
+
+
+DENSE: dict[str, Callable[..., Tensor]] = {
+    "Identity": identity, "SAMA": sama, "Neumann": neumann, "ConjugateGradient": conjugate_gradient,
+    "Nystrom": nystrom, "SOBA": soba,
+}  # fmt: skip
+
+
+def unrolled(lower: nn.Module, upper: nn.Module, lower_loss, upper_loss, train, meta, num_steps: int, lr: float):
+    """``dF(w_K(lambda)) / dlambda`` of SGD by autograd through all steps, flat; by one step, T1-T2 times ``lr``."""
+    weights = {n: p.detach().clone().requires_grad_() for n, p in lower.named_parameters()}
+
+    def bound(values: Tensors) -> Callable:
+        return lambda *args, **kwargs: functional_call(lower, values, args, kwargs)
+
+    for _ in range(num_steps):
+        loss = lower_loss(bound(weights), upper, train)
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        weights = {n: w - lr * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+    found = torch.autograd.grad(upper_loss(bound(weights), meta), list(upper.parameters()))
+    return torch.cat([t.flatten() for t in found])
+
+
+# ---- a small Llama -------------------------------------------------------------------------------------------------
+def example_losses(model, ids: Tensor) -> Tensor:
+    """Mean next-token cross entropy per example, ``[B]``."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+
+
+def llama_lower_loss(lower, upper, ids: Tensor) -> Tensor:
+    """Examples weighted by a net that reads their losses."""
+    losses = example_losses(lower, ids)
+    return (upper(losses.detach()[:, None])[:, 0] * losses).mean()
+
+
+def llama_upper_loss(lower, ids: Tensor) -> Tensor:
+    """The plain loss on other data."""
+    return example_losses(lower, ids).mean()
+
+
+def llama(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Any, Any]:
+    """As :func:`regression`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, use_cache=False, attn_implementation="eager",
+    )  # fmt: skip
+    lower = LlamaForCausalLM(config)
+    upper = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1), nn.Sigmoid())
+    move(lower, 0.05 * torch.randn(sum(p.numel() for p in lower.parameters())))
+    train, meta = (torch.randint(0, VOCAB, (BATCH, LENGTH)) for _ in range(2))
+    return lower.to(dtype), upper.to(dtype), train, meta
+
+
+PROBLEMS = {
+    "regression": (regression, regression_lower_loss, regression_upper_loss),
+    "llama": (llama, llama_lower_loss, llama_upper_loss),
+}
+LLAMA_STEPS, LLAMA_RATE = 3, 0.1
+
+
+# ---- scalemlo --------------------------------------------------------------------------------------------------------
+def program_of(problem: str, name: str, spec: Any, dtype: torch.dtype) -> Any:
+    """A program at the point of the problem; its upper level stays there."""
+    import scalemlo as mlo
+    from scalemlo.hypergradients import SAMA, SOBA, ConjugateGradient, Identity, Neumann, Nystrom, Unrolled
+
+    make, lower_loss, upper_loss = PROBLEMS[problem]
+    lower, upper, train, meta = make(dtype)
+    estimators = {
+        "Identity": Identity(),
+        "SAMA": SAMA(),
+        "Neumann": Neumann(num_terms=ITERATIONS, step_size=STEP),
+        "ConjugateGradient": ConjugateGradient(max_steps=ITERATIONS, tolerance=None),
+        "Nystrom": Nystrom(rank=RANK, damping=DAMPING),
+        "SOBA": SOBA(step_size=STEP),
+        "Unrolled": Unrolled(),
+    }
+
+    class Lower(mlo.Level):
+        def loss(self, batch, upper):
+            return lower_loss(self.module, upper, batch)
+
+    class Upper(mlo.Level):
+        def loss(self, batch, lower):
+            return upper_loss(lower, batch)
+
+    rate = STEP if problem == "regression" else LLAMA_RATE
+    optimizer = partial(torch.optim.AdamW, **ADAMW) if name == "SAMA" else partial(torch.optim.SGD, lr=rate)
+    steps = ITERATIONS if problem == "regression" else LLAMA_STEPS
+    levels = [
+        Upper("upper", upper, data=[meta], optimizer=partial(torch.optim.SGD, lr=0.0)),
+        Lower("lower", lower, data=[train], optimizer=optimizer, hypergradient=estimators[name],
+              unroll_steps=steps if name == "Unrolled" else 1),
+    ]  # fmt: skip
+    program = mlo.Program(levels, engine=spec)
+    if name == "SAMA":
+        program.run(WARM_UP, progress=False)
+    return program
+
+
+def full(trainer, shards) -> Tensor:
+    """Gather a vector, flat, fp64; in the order of the module's parameters."""
+    gathered = trainer.engine.gather({n: t.double() for n, t in shards.items()})
+    return torch.cat([gathered[n].flatten() for n in trainer.block.names])
+
+
+def hypergradient(program, name: str) -> Tensor:
+    """Of the upper level, flat."""
+    for _ in range(SOLVES if name == "SOBA" else 1):
+        gradient = program.gradients()["upper"]
+    return full(program.trainers["upper"], gradient)
+
+
+def reference(problem: str, name: str, program, dtype: torch.dtype) -> Tensor:
+    """The same estimator in fp64 on the whole batch, at the weights and moments that the program holds."""
+    make, lower_loss, upper_loss = PROBLEMS[problem]
+    lower, upper, train, meta = make(dtype)  # rounded to it
+    lower.double(), upper.double()
+    if problem == "regression":
+        train, meta = ((x.double(), y) for x, y in (train, meta))
+    if problem == "llama" or name == "Unrolled":
+        steps, rate = (ITERATIONS, STEP) if problem == "regression" else (LLAMA_STEPS, LLAMA_RATE)
+        if name == "Identity":
+            steps, rate = 1, 1.0
+            # v is taken before the step here, so that what is differentiated is <v, -g(lambda)>
+            v = torch.autograd.grad(upper_loss(lower, meta), list(lower.parameters()))
+            g = torch.autograd.grad(lower_loss(lower, upper, train), list(lower.parameters()), create_graph=True)
+            product = -sum((a * b).sum() for a, b in zip(v, g, strict=True))
+            return torch.cat([t.flatten() for t in torch.autograd.grad(product, list(upper.parameters()))])
+        return unrolled(lower, upper, lower_loss, upper_loss, train, meta, steps, rate)
+    trainer = program.trainers["lower"]
+    move(lower, full(trainer, trainer.weights()) - flat_of(lower))
+    h, m, g, v = dense(lower, upper, train, meta)
+    extra: dict[str, Any] = {"g": g}
+    if name == "SAMA":
+        states = {n: trainer.optimizer_state(n) for n in trainer.block.names}
+        extra["moments"] = {k: full(trainer, {n: states[n][k] for n in states}) for k in ("exp_avg", "exp_avg_sq")}
+    if name == "Nystrom":
+        shapes = [p.shape for p in lower.parameters()]
+        draws = []
+        for i in range(RANK):
+            generator = torch.Generator().manual_seed(i)
+            draws.append(torch.cat([torch.randn(s, generator=generator, dtype=dtype).flatten() for s in shapes]))
+        extra["draws"] = torch.stack(draws, dim=1).double()
+    return -m.T @ DENSE[name](h, v, **extra)
+
+
+def rounding(engines: list[str]) -> list[dict]:
+    """Errors of everything on the ranks of this process's group."""
+    import scalemlo as mlo
+
+    specs = {"Single": mlo.Single, "DDP": mlo.DDP, "FSDP": mlo.FSDP}
+    found = []
+    for engine in engines:
+        for problem, names in (("regression", [*DENSE, "Unrolled"]), ("llama", ["Identity", "Unrolled"])):
+            for name in names:
+                row = {"engine": engine, "problem": problem, "name": name}
+                for dtype in (torch.float64, torch.float32):
+                    program = program_of(problem, name, specs[engine](), dtype)
+                    single = hypergradient(program, name)
+                    expected = reference(problem, name, program, dtype)
+                    row[str(dtype).removeprefix("torch.")] = float((single - expected).norm() / expected.norm())
+                reduced = hypergradient(program_of(problem, name, specs[engine](dtype="bf16"), torch.float32), name)
+                row["bf16"] = float(F.cosine_similarity(reduced, single, dim=0))
+                found.append(row)
+    return found
+
+
+def bias() -> list[dict]:
+    """Every estimator against the exact implicit hypergradient, fp64, one process."""
+    import scalemlo as mlo
+
+    found = []
+    for name in (*DENSE, "Unrolled"):
+        program = program_of("regression", name, mlo.Single(), torch.float64)
+        estimate = hypergradient(program, name)
+        lower, upper, train, meta = regression(torch.float64)
+        trainer = program.trainers["lower"]
+        move(lower, full(trainer, trainer.weights()) - flat_of(lower))
+        seconds = statistics.median(measure.cpu_seconds(program.gradients) for _ in range(5))
+        num_hvps = program.step().get("hvps/lower", 0) * (SOLVES if name == "SOBA" else 1)
+        found.append(
+            {"name": name, "num_hvps": int(num_hvps), "seconds": seconds}
+            | _compare(estimate, lower, upper, train, meta)
+        )
+    return found
+
+
+def peer_bias() -> list[dict]:
+    """The peers' estimators."""
+    import peers
+
+    torch.set_num_threads(1)
+    options = dict(iterations=ITERATIONS, alpha=STEP, rank=RANK, rho=DAMPING)
+    found = []
+    for name, estimator in peers.HYPERGRADIENT_PEERS.items():
+        lower, upper, train, meta = regression(torch.float64)
+        run = partial(
+            estimator, lower, upper, partial(regression_lower_loss, batch=train),
+            partial(regression_upper_loss, batch=meta), **options,
+        )  # fmt: skip
+        try:
+            estimate = run()
+        except peers.Unsupported as reason:
+            found.append({"name": name, "unsupported": str(reason)})
+            continue
+        flat = torch.cat([estimate[n].detach().flatten() for n, _ in upper.named_parameters()])
+        seconds = statistics.median(measure.cpu_seconds(run) for _ in range(5))
+        found.append({"name": name, "seconds": seconds} | _compare(flat, lower, upper, train, meta))
+    return found
+
+
+def _compare(estimate: Tensor, lower, upper, train, meta) -> dict[str, float]:
+    h, m, _, v = dense(lower, upper, train, meta)
+    exact = -m.T @ torch.linalg.solve(h, v)
+    cosine = float(F.cosine_similarity(estimate, exact, dim=0))
+    return {"cosine": cosine, "error": float((estimate - exact).norm() / exact.norm())}
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+def worker(kind: str, num_ranks: list[int]) -> list[dict]:
+    """Everything of scalemlo, each number of ranks in processes of its own; or the peers."""
+    if kind == "peers":
+        return peer_bias()
+    from transformers import LlamaForCausalLM  # noqa: F401  before the forks, once for all
+
+    import scalemlo  # noqa: F401
+
+    found = []
+    for world_size in num_ranks:
+        engines = ["Single", "FSDP"] if world_size == 1 else ["DDP", "FSDP"]
+        rows = measure.on_ranks(world_size, rounding, engines)
+        found += [row | {"kind": "rounding", "num_ranks": world_size} for row in rows]
+    return found + [row | {"kind": "bias"} for row in measure.on_ranks(1, bias)]
+
+
+def main() -> None:
+    """Run, print the tables, write the figures."""
+    options = measure.arguments(__doc__)
+    if options.worker:
+        print(json.dumps(worker(**json.loads(options.worker))))
+        return
+    from scalemlo.reporting import markdown_table
+
+    num_ranks = [1, 2] if options.quick else [1, 2, 4]
+    run = partial(measure.in_fresh_process, __file__, measure.STEADY_TIME, num_ranks=num_ranks)
+    own, theirs = run(kind="scalemlo"), run(kind="peers", python=options.peers_python)
+    rounded = [row for row in own if row["kind"] == "rounding"]
+    biases = [row for row in own if row["kind"] == "bias"]
+    print(f"{measure.machine()}; one thread per rank; {ITERATIONS} iterations, step {STEP}, rank {RANK}\n")
+    print("Rounding: relative error against the same estimator in fp64; for bf16 the cosine with fp32.\n")
+    columns = ("problem", "name", "engine", "num_ranks")
+    rows = [
+        [*(row[c] for c in columns), f"{row['float64']:.1e}", f"{row['float32']:.1e}", f"{row['bf16']:.5f}"]
+        for row in sorted(rounded, key=lambda row: (row["problem"] != "regression", row["name"]))
+    ]
+    print(markdown_table([*columns[:3], "ranks", "fp64", "fp32", "bf16"], rows))
+    print("\nBias: against the exact implicit hypergradient.\n")
+    rows = []
+    for package, results in (("scalemlo", biases), ("", theirs)):
+        for row in results:
+            label = f"{package} {row['name']}".strip()
+            if "unsupported" in row:
+                rows.append([label, row["unsupported"], "", "", ""])
+                continue
+            numbers = [f"{row['cosine']:.4f}", f"{row['error']:.1e}", row.get("num_hvps", "")]
+            rows.append([label, *numbers, f"{row['seconds']:.4f}"])
+    print(markdown_table(["estimator", "cosine", "relative error", "products", "CPU-s"], rows))
+    figures = {
+        "worst_relative_error_fp64": max(row["float64"] for row in rounded),
+        "worst_relative_error_fp32": max(row["float32"] for row in rounded),
+        "worst_cosine_bf16": min(row["bf16"] for row in rounded),
+    }
+    figures |= {f"cosine_{row['name']}": row["cosine"] for row in biases}
+    measure.write_figures(options.json, {name: float(f"{value:.6g}") for name, value in figures.items()})
+
+
+if __name__ == "__main__":
+    main()
