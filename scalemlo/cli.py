@@ -4,13 +4,21 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .recipes import Recipe
 
 DESCRIPTION = """\
 Multilevel optimization of models too large for one device.
 
   scalemlo train configs/reweight_smollm2.yaml                      one process
   scalemlo train configs/reweight_smollm2.yaml train.steps=20       change any key of the file
+  scalemlo check configs/reweight_smollm2.yaml train.batch_size=2   is the hypergradient right, which estimator fits
   torchrun --nproc-per-node 2 -m scalemlo train configs/reweight_smollm2.yaml engine=fsdp
   accelerate launch --config_file launch/cpu_2.yaml -m scalemlo train configs/reweight_smollm2.yaml engine=fsdp
 """
@@ -32,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="run a recipe from a YAML file", description="Run a recipe.")
     train.add_argument("config", help="YAML file; its key `recipe` names what runs")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=fsdp")
+    check = commands.add_parser(
+        "check",
+        help="compare hypergradients with exact ones on a recipe's own program",
+        description="Build a recipe's program and compare each estimator with the exact hypergradient on its next "
+        "batches: cosine, size, CPU-seconds, bytes; and derivatives with a second way to have them. Trains nothing. "
+        "Exit status 1 if derivatives disagree.",
+    )
+    check.add_argument("config", help="YAML file; its key `recipe` names what is checked")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file")
+    check.add_argument("--warm-up", type=int, default=0, metavar="N", help="outer steps to train before (default 0)")
     assets = commands.add_parser("assets", help="list the models and data that are fetched from PyPI packages")
     assets.set_defaults(config=None, overrides=[])
     options = parser.parse_args(argv)
@@ -41,10 +59,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print("\n".join(f"{name:24s} {line}" for name, line in known_assets().items()))
         return 0
-    return _train(options.config, options.overrides)
+    if options.command == "check":
+        return _with_recipe(options.config, options.overrides, partial(_check, warm_up=options.warm_up))
+    return _with_recipe(options.config, options.overrides, _train)
 
 
-def _train(path: str, overrides: Sequence[str]) -> int:
+def _train(recipe: "Recipe", run_config: "RunConfig") -> int:
+    return 130 if recipe.run(run_config) else 0
+
+
+def _check(recipe: "Recipe", run_config: "RunConfig", warm_up: int) -> int:
+    from .distributed import is_main_process
+    from .reporting import plot_check, print_table
+
+    if warm_up < 0:
+        raise ValueError(f"--warm-up {warm_up} must not be negative.")
+    program = recipe.build(run_config)
+    if warm_up:
+        program.run(warm_up)
+    report = program.check()
+    if is_main_process():
+        folder = Path(run_config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [[f.level, f.what, f"{f.difference:.1e}", f"{f.limit:.0e}", "yes" if f.passed else "NO"]
+                for f in report.findings]  # fmt: skip
+        print_table("Two ways to the same number", ["level", "what", "difference", "limit", "agree"], rows)
+        print_table("Against the exact hypergradient (* the program's own)", report.header, report.rows)
+        print(report.verdict)
+        report.save(folder / "check.json")
+        plot_check(folder / "check.png", report)
+        print(f"wrote {folder}/check.json, check.png")
+    return 0 if report.passed else 1
+
+
+def _with_recipe(path: str, overrides: Sequence[str], command: Callable[["Recipe", "RunConfig"], int]) -> int:
     _check_accelerate_started_all()
     from . import config, distributed
     from .recipes import RECIPES
@@ -57,13 +105,12 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     try:
         distributed.initialize()
         distributed.check_launch(run_config.num_processes)
-        interrupted = RECIPES[run_config.recipe].run(run_config)
+        return command(RECIPES[run_config.recipe], run_config)
     except ValueError as error:
         print(f"scalemlo: {error}", file=sys.stderr)
         return 2
     finally:
         distributed.shutdown()
-    return 130 if interrupted else 0
 
 
 def _check_accelerate_started_all() -> None:

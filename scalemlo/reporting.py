@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .check import CheckReport
 from .tracking import History
 
 
@@ -97,6 +98,36 @@ def plot_reweighting(
         right.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     right.set(title="Held-out loss", xlabel="outer step", ylabel="loss")
     right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_check(path: str | Path, report: CheckReport) -> None:
+    """Draw what each estimator costs and how close it comes.
+
+    Args:
+        path: PNG file.
+        report: With any number of comparisons.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [c for c in report.comparisons if np.isfinite(c.cosine)]
+    hops = list(dict.fromkeys(f"{c.upper} < {c.lower}" for c in rows))
+    figure, axes = plt.subplots(1, max(1, len(hops)), figsize=(7 * max(1, len(hops)), 4.2), squeeze=False,
+                                constrained_layout=True)  # fmt: skip
+    for axis, hop in zip(axes[0], hops, strict=False):
+        mine = sorted((c for c in rows if f"{c.upper} < {c.lower}" == hop), key=lambda c: c.cosine)
+        colors = ["#c8553d" if c.is_configured else "#2a7f62" for c in mine]
+        bars = axis.barh([c.estimator for c in mine], [c.cosine for c in mine], color=colors)
+        labels = [f"{c.cosine:.3f}, {c.cpu_seconds:.2f} CPU-s, {c.num_hvps} HVPs" for c in mine]
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
+        axis.set(title=f"{hop}: cosine to the exact hypergradient", xlim=(min(0.0, mine[0].cosine), 1.6))
+        axis.axvline(1.0, color="black", linewidth=0.8)
+    if not hops:
+        axes[0][0].text(0.5, 0.5, "nothing to compare with", ha="center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -40,7 +40,8 @@ class History:
     Attributes:
         steps: One dict per outer iteration: ``step``, and per level ``loss/<name>``, ``gradient_norm/<name>`` (before
             clipping) and ``lr/<name>``, means over the iteration; where its Hessian was asked for also ``hvps/<name>``,
-            ``iterations/<name>`` and ``residual/<name>``.
+            ``iterations/<name>`` and ``residual/<name>``; where the
+            way of its mixed partial was open, ``ghost/<name>``: 1 for ghost products, 0 for the forward derivative.
         phases: Statistics by ``"<level>/<phase>"``.
         skipped: Number of skipped updates by ``"<level>/<phase>"`` where a value was not finite.
         solves: Number of solves by ``"<level>/<status>"`` that did not end as asked for.

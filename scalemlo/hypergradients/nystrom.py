@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.base import ParameterBlock
 from ..shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
+from .random_directions import gaussian
 from .solver import Matvec, require_count, require_number, rounding
 
 
@@ -117,29 +117,6 @@ def _append_orthogonal(basis: list[Shards], y: Shards, column: Tensor, eps: floa
     if left > 10 * eps * norm:
         column[len(basis)] = left
         basis.append(y.mul_(1.0 / left))
-
-
-def gaussian(block: ParameterBlock, seed: int) -> Shards:
-    """A standard normal vector, the same whatever the engine and the number of ranks.
-
-    Every rank draws every parameter whole, one after the other, and keeps its shard; the global generators are left
-    alone.
-
-    Args:
-        block: The parameters.
-        seed: Of the vector.
-
-    Returns:
-        The vector.
-    """
-    engine = block.engine
-    generator = torch.Generator(engine.device).manual_seed(seed)
-    tensors = {}
-    for name in block.names:
-        p = engine.parameters[name]
-        full = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=engine.device)
-        tensors |= engine.shard({name: full})
-    return Shards(tensors, engine.group)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import RunConfig
+from ..program import Program
 from . import reweight_instructions
 
 
@@ -14,11 +15,13 @@ class Recipe:
 
     Attributes:
         config: Its configuration dataclass.
+        build: Makes its program, untrained.
         run: Runs it; returns whether it was interrupted.
         description: One line.
     """
 
     config: type[RunConfig]
+    build: Callable[[Any], Program]
     run: Callable[[Any], bool]
     description: str
 
@@ -26,6 +29,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "reweight_instructions": Recipe(
         reweight_instructions.ReweightInstructionsConfig,
+        reweight_instructions.build,
         reweight_instructions.run,
         "fine-tune a language model on instructions, learning the weight of every example from a small clean set",
     ),

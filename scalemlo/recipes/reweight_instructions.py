@@ -285,6 +285,19 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
     return mlo.Program([rate, lower], **options)
 
 
+def build(config: ReweightInstructionsConfig) -> mlo.Program:
+    """The reweighting program, untrained.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The program.
+    """
+    model, tokenizer = _load(config)
+    return build_program(config, prepare(config, tokenizer), model, plain=False)
+
+
 def run(config: ReweightInstructionsConfig) -> bool:
     """Run the recipe: reweighted fine-tune, plain fine-tune, report.
 
