@@ -222,7 +222,7 @@ def one_step(lower, upper, lower_loss, upper_loss, train, meta) -> Tensor:
 
 # ---- a small decoder -----------------------------------------------------------------------------------------------
 class Block(nn.Module):
-    """A block of Llama's kind, in the dtype of its weights throughout: transformers' takes norms and softmax in fp32."""
+    """A block of Llama's kind, in its weights' dtype throughout: transformers' takes norms and softmax in fp32."""
 
     def __init__(self, width: int = 16, heads: int = 4):
         super().__init__()
@@ -447,17 +447,16 @@ def _compare(estimate: Tensor, lower, upper, train, meta) -> dict[str, float]:
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
-def worker(kind: str, num_ranks: list[int]) -> list[dict]:
-    """Everything of scalemlo, each number of ranks in processes of its own; or the peers."""
+def worker(kind: str, cases: dict[str, list[str]]) -> list[dict]:
+    """Everything of scalemlo, each number of ranks in processes of its own, on some engines; or the peers."""
     if kind == "peers":
         return peer_bias()
     import scalemlo  # noqa: F401  before the forks, once for all
 
     found = []
-    for world_size in num_ranks:
-        engines = ["Single", "FSDP"] if world_size == 1 else ["DDP", "FSDP"]
-        rows = measure.on_ranks(world_size, rounding, engines)
-        found += [row | {"kind": "rounding", "num_ranks": world_size} for row in rows]
+    for num_ranks, engines in cases.items():
+        rows = measure.on_ranks(int(num_ranks), rounding, engines)
+        found += [row | {"kind": "rounding", "num_ranks": num_ranks} for row in rows]
     return found + [row | {"kind": "bias"} for row in measure.on_ranks(1, bias)]
 
 
@@ -469,8 +468,10 @@ def main() -> None:
         return
     from scalemlo.reporting import markdown_table
 
-    num_ranks = [1, 2] if options.quick else [1, 2, 4]
-    run = partial(measure.in_fresh_process, __file__, measure.STEADY_TIME, num_ranks=num_ranks)
+    cases = {"1": ["Single"], "2": ["DDP", "FSDP"]}
+    if not options.quick:
+        cases = {"1": ["Single", "FSDP"], "2": ["DDP", "FSDP"], "4": ["DDP", "FSDP"]}
+    run = partial(measure.in_fresh_process, __file__, measure.STEADY_TIME, cases=cases)
     own, theirs = run(kind="scalemlo"), run(kind="peers", python=options.peers_python)
     rounded = [row for row in own if row["kind"] == "rounding"]
     biases = [row for row in own if row["kind"] == "bias"]

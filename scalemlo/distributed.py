@@ -6,7 +6,9 @@ Every collective here treats "no process group" as a group of one, so the same c
 
 import os
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -108,6 +110,29 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(float(flag), device=default_device() if dist.get_backend() != "gloo" else "cpu")
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def check_same_on_all_ranks(lines: Sequence[str]) -> None:
+    """Compare what every rank is about to run; ranks that differ would wait for each other for ever.
+
+    Args:
+        lines: A description, one fact a line.
+
+    Raises:
+        ValueError: On all ranks, naming the first fact that differs.
+    """
+    if world_size() == 1:
+        return
+    everyone: list[Sequence[str]] = [[]] * world_size()
+    dist.all_gather_object(everyone, list(lines))
+    for other, theirs in enumerate(everyone):
+        if list(theirs) != list(everyone[0]):
+            pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")
+            first, second = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"the ranks run different programs: rank 0 has {first}, rank {other} has {second}. Build the program "
+                "the same way everywhere; let ranks differ in data order or device only."
+            )
 
 
 def barrier() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import BatchStream
-from .distributed import any_rank, initialize, is_main_process, rank, world_size
+from .distributed import any_rank, check_same_on_all_ranks, initialize, is_main_process, rank, world_size
 from .engines import DDP, Engine, EngineSpec, ModuleView, Single
 from .graph import LevelGraph
 from .hypergradients import Hypergradient, ImplicitHypergradient, Result, UnrollingHypergradient
@@ -78,6 +78,7 @@ class Program:
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
         self.graph = LevelGraph(levels)
         self.device = initialize(device)
+        check_same_on_all_ranks([line for level in self.graph.levels for line in _description(level, engine)])
         self.nonfinite = nonfinite
         self.history = History()
         self.num_steps = 0
@@ -587,6 +588,22 @@ class Program:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def _description(level: Level, engine: EngineSpec | None) -> list[str]:
+    """What all ranks must have in common of a level."""
+    facts = dict(
+        kind=type(level).__name__,
+        engine=level.engine or engine,
+        hypergradient=level.hypergradient,
+        unroll_steps=level.unroll_steps,
+        gradient_accumulation_steps=level.gradient_accumulation_steps,
+        max_grad_norm=level.max_grad_norm,
+    )
+    lines = [f"level {level.name!r} with {key}={value!r}" for key, value in facts.items()]
+    parameters = dict(level._module.named_parameters())
+    shapes = [f"{n} {list(parameters[n].shape)} {parameters[n].dtype}" for n in level.owned_parameters()]
+    return [*lines, *(f"level {level.name!r} with parameter {shape}" for shape in shapes)]
 
 
 class _SkipTick(Exception):

@@ -186,22 +186,17 @@ class LevelTrainer:
             One vector per upper level.
         """
         blocks = {t.name: t.block for t in uppers}
-        scale = 1.0
-        if self.scaler.enabled:  # tangents of the size of the weights stay clear of fp16's underflow
-            scale = float(self.weights().norm() / v.norm().clamp_min(1e-30))
-            v = v * scale
         if method is None:
             assert isinstance(self.estimator, ImplicitHypergradient), "the others take no mixed partial of this form"
             method = self.estimator.mixed
         if method == "finite_difference":
-            mixed = self.loss_at().directional_outputs(self.block, v, blocks)
-        else:
-            mixed = self.loss_at().tangents([(self.block, v)], blocks)
-        return {name: x.mul_(1 / scale) for name, x in mixed.items()}
+            return self.loss_at().directional_outputs(self.block, v, blocks)
+        return self.loss_at().tangents([(self.block, v)], blocks)
 
     def loss_at(self) -> LossAt:
         """The level's loss on the batches of its next step, to be differentiated on the modules' skeletons."""
-        return LossAt(self.evaluate, self.batches, self._seed, self._engines(), self.engine)
+        engines = self._engines()
+        return LossAt(self.evaluate, self.batches, self._seed, engines, self.engine, scale=self.scaler.scale)
 
     def clip(self, gradient: Shards) -> tuple[Shards, float, float]:
         """Scale a gradient to the level's ``max_grad_norm``.

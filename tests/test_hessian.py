@@ -1,6 +1,7 @@
 """Hessian-vector products on every engine equal double backward in one fp64 process."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,3 +79,21 @@ def test_products_equal_double_backward(engine, products):
         assert max(by_rank) < 1e-6, by_rank
     for by_rank in run_ranks(errors, world_size, single, products, spec()):
         assert max(by_rank) < 1e-5, by_rank
+
+
+@pytest.mark.parametrize("products", ["remat", "retain"])
+def test_a_scaled_loss_gives_the_same_products(products):
+    """What fp16 does against underflow: the loss times a power of two, directions of the size of the weights."""
+    program = Problem(kind="mlp").program(mlo.Identity(), mlo.Single())
+    program.gradients()
+    lower, rater = program.trainers["finetune"], program.trainers["rater"]
+    plain = lower.loss_at()
+    scaled = replace(plain, scale=2.0**16)
+    v = lower.weights() * 1e-6
+    with hessian(plain, lower.block, products) as a, hessian(scaled, lower.block, products) as b:
+        assert relative_error(dict(b(v)), dict(a(v))) < 1e-12
+    for uppers in ({"rater": rater.block}, {"finetune": lower.block}):
+        (a,), (b,) = (loss.tangents([(lower.block, v)], uppers).values() for loss in (plain, scaled))
+        assert relative_error(dict(b), dict(a)) < 1e-12
+        (a,), (b,) = (loss.gradient(uppers).values() for loss in (plain, scaled))
+        assert relative_error(dict(b), dict(a)) < 1e-12

@@ -101,14 +101,15 @@ class RetainedHessian(HessianOperator):
         weights = self._loss.weights()
         leaves = _leaves(weights, self._lower)
         uppers = {key: _leaves(weights, block) for key, block in self._uppers.items()}
-        loss = self._loss.local_loss(batch, weights, [self._lower, *self._uppers.values()], keep_graph=True)
+        blocks = [self._lower, *self._uppers.values()]
+        loss = self._loss.scale * self._loss.local_loss(batch, weights, blocks, keep_graph=True)
         gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
         return leaves, uppers, {n: g for n, g in zip(leaves, gradient, strict=True) if g is not None}
 
     def _product(self, v: Shards) -> Shards:
         total: Tensors = {}
         for leaves, _, gradient in self._graphs:
-            accumulate(total, _pull(gradient, v, leaves), len(self._graphs))
+            accumulate(total, _pull(gradient, v, leaves), len(self._graphs) * self._loss.scale)
         return self._lower.vector(self._lower.engine.average_gradients(total))
 
     def mixed(self, v: Shards) -> dict[str, Shards]:
@@ -124,7 +125,7 @@ class RetainedHessian(HessianOperator):
         for key, block in self._uppers.items():
             total: Tensors = {}
             for _, uppers, gradient in self._graphs:
-                accumulate(total, _pull(gradient, v, uppers[key]), len(self._graphs))
+                accumulate(total, _pull(gradient, v, uppers[key]), len(self._graphs) * self._loss.scale)
             found[key] = block.vector(block.engine.average_gradients(total))
         return found
 

@@ -15,6 +15,7 @@ Modules run on their skeletons, in the precision of the live modules, with atten
 kernels have neither forward nor second derivatives.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ class LossAt:
         engines: All engines the loss may call.
         required: An engine it must call, if any: derivatives by its weights would otherwise be silently zero.
         point: Weights to use in the place of the live ones.
+        scale: What reverse passes multiply the loss with and divide their results by, against underflow in fp16.
     """
 
     evaluate: Callable[[Any], Tensor]
@@ -60,6 +62,7 @@ class LossAt:
     engines: Sequence[Engine]
     required: Engine | None
     point: Sequence[Vector] = ()
+    scale: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -100,14 +103,26 @@ class LossAt:
             One vector per key, mean over ranks and micro-batches, laid out like the block.
         An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
         """
-        return self._differentiate(moving, wanted, [_tangent])[0]
+        moving, factor = self._of_the_size_of_weights(moving)
+        found = self._differentiate(moving, wanted, [_tangent])[0]
+        return {key: x.mul_(1 / factor) for key, x in found.items()} if factor != 1.0 else found
 
     def gradient_and_tangents(
         self, moving: Sequence[Vector], wanted: Blocks
     ) -> tuple[dict[str, Shards], dict[str, Shards]]:
         """:meth:`gradient` and :meth:`tangents` out of one pass, which has both."""
+        moving, factor = self._of_the_size_of_weights(moving)
         gradient, tangents = self._differentiate(moving, wanted, [_primal, _tangent])
-        return gradient, tangents
+        return gradient, {key: x.mul_(1 / factor) for key, x in tangents.items()} if factor != 1.0 else tangents
+
+    def _of_the_size_of_weights(self, moving: Sequence[Vector]) -> tuple[Sequence[Vector], float]:
+        """Directions scaled together to the size of the weights they move, where a scaled loss says fp16."""
+        if self.scale == 1.0:
+            return moving, 1.0
+        weights = math.hypot(*(float(block.shards().norm()) for block, _ in moving))
+        size = math.hypot(*(float(v.norm()) for _, v in moving))
+        factor = weights / size if size > 0 and weights > 0 else 1.0
+        return [(block, v * factor) for block, v in moving], factor
 
     def directional_outputs(self, lower: ParameterBlock, v: Shards, wanted: Blocks) -> dict[str, Shards]:
         """The mixed partial with central differences of the lower module's outputs, the rest of the loss exact.
@@ -146,7 +161,7 @@ class LossAt:
                     gradients = torch.func.grad(loss)(leaves)
                     for part, total in zip(parts, totals, strict=True):
                         for key, by_name in gradients.items():
-                            accumulate(total[key], {n: part(g) for n, g in by_name.items()}, len(self.batches))
+                            accumulate(total[key], {n: part(g) for n, g in by_name.items()}, len(self.batches) * self.scale)
         return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
 
     def _loss_of_leaves(self, batch, weights, moving, wanted, difference, leaves) -> Tensor:
@@ -154,7 +169,7 @@ class LossAt:
         for key, block in wanted.items():
             traced[block.engine] |= leaves[key]
         with NoGradIsConstant():
-            return self.local_loss(batch, traced, [*(b for b, _ in moving), *wanted.values()], difference)
+            return self.scale * self.local_loss(batch, traced, [*(b for b, _ in moving), *wanted.values()], difference)
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
@@ -245,13 +260,13 @@ def _tangent(x: Tensor) -> Tensor | None:
     return fwAD.unpack_dual(x).tangent
 
 
-def accumulate(total: dict[str, Tensor], found: Mapping[str, Tensor | None], count: int) -> None:
+def accumulate(total: dict[str, Tensor], found: Mapping[str, Tensor | None], count: float) -> None:
     """Add one of ``count`` micro-batches' part to a mean, in place.
 
     Args:
         total: The mean so far; names without a part are missing.
         found: This micro-batch's tensors.
-        count: Number of micro-batches.
+        count: Number of micro-batches, times what the loss was multiplied with.
     """
     for name, t in found.items():
         if t is not None:

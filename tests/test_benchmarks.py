@@ -1,0 +1,55 @@
+"""The benchmarks run in their quick form, and what they claim about exactness holds."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def figures(name: str, folder: Path) -> dict[str, float]:
+    """Run a benchmark in an interpreter without peers and return its figures."""
+    path = folder / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(path)]
+    command += [] if name == "bilevel_tax" else ["--peers-python", sys.executable]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| --- |" in result.stdout
+    found = json.loads(path.read_text())
+    assert all(isinstance(value, float) and math.isfinite(value) for value in found.values()), found
+    return found
+
+
+@pytest.mark.full
+def test_hessian_vector_products(tmp_path):
+    found = figures("hvp", tmp_path)
+    for place in ("single", "fsdp1", "fsdp2"):
+        assert found[f"remat_over_checkpointed_{place}"] > 1
+        assert found[f"remat_over_gradient_{place}"] > 1
+        assert found[f"retain_further_over_gradient_{place}"] > 0.5
+    for place in ("fsdp1", "fsdp2"):  # counts do not depend on the machine
+        assert found[f"remat_held_units_{place}"] <= 2.1
+        assert found[f"remat_num_collectives_{place}"] > 0
+        assert found[f"remat_collective_mebibytes_{place}"] > 0
+    assert found["worst_relative_error"] < 1e-5
+
+
+@pytest.mark.full
+def test_fidelity(tmp_path):
+    found = figures("fidelity", tmp_path)
+    assert found["worst_relative_error_fp64"] < 1e-10
+    assert found["worst_relative_error_fp32"] < 1e-5
+    assert found["worst_cosine_bf16"] > 0.95
+    for name in ("Identity", "SAMA", "Neumann", "ConjugateGradient", "Nystrom", "SOBA", "Unrolled"):
+        assert -1.0 <= found[f"cosine_{name}"] <= 1.0 + 1e-9
+    assert found["cosine_ConjugateGradient"] > 0.9999
+
+
+@pytest.mark.full
+def test_bilevel_tax(tmp_path):
+    found = figures("bilevel_tax", tmp_path)
+    assert {"tax_exact_unroll1", "tax_fd_unroll1", "tax_ghost_unroll1", "peak_over_plain"} <= found.keys()
