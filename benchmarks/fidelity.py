@@ -31,7 +31,7 @@ FEATURES, CLASSES, EXAMPLES = 20, 5, 256
 ITERATIONS, STEP, RANK, DAMPING = 10, 1.0, 10, 0.1
 FAR, NEAR = 0.3, 0.01  # standard deviation of the lower weights about their optimum
 SOLVES = 3  # of SOBA, at one and the same point
-WARM_UP = 3  # steps of AdamW before SAMA, which has no derivative worth the name at a fresh optimizer's first step
+WARM_UP = 3  # steps of AdamW before SAMA, on small batches: where all gradients are alike its du/dg cancels
 ADAMW = dict(lr=1e-3, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.0)
 VOCAB, LENGTH, BATCH = 37, 12, 8
 Tensors = dict[str, Tensor]
@@ -319,9 +319,12 @@ def program_of(problem: str, name: str, spec: Any, dtype: torch.dtype, **point: 
     rate = STEP if problem == "regression" else DECODER_RATE
     optimizer = partial(torch.optim.AdamW, **ADAMW) if name == "SAMA" else partial(torch.optim.SGD, lr=rate)
     steps = ITERATIONS if problem == "regression" else DECODER_STEPS
+    data = [train]
+    if name == "SAMA":
+        data = [*zip(*(t.chunk(WARM_UP + 1)[:WARM_UP] for t in train), strict=True), train]
     levels = [
         Upper("upper", upper, data=[meta], optimizer=partial(torch.optim.SGD, lr=0.0)),
-        Lower("lower", lower, data=[train], optimizer=optimizer, hypergradient=estimators[name],
+        Lower("lower", lower, data=data, optimizer=optimizer, hypergradient=estimators[name],
               unroll_steps=steps if name == "Unrolled" else 1),
     ]  # fmt: skip
     program = mlo.Program(levels, engine=spec)
@@ -364,14 +367,16 @@ def reference(problem: str, name: str, program, dtype: torch.dtype) -> Tensor:
     if name == "SAMA":
         states = {n: trainer.optimizer_state(n) for n in trainer.block.names}
         extra["moments"] = {k: full(trainer, {n: states[n][k] for n in states}) for k in ("exp_avg", "exp_avg_sq")}
-    if name == "Nystrom":
-        shapes = [p.shape for p in lower.parameters()]
-        draws = []
-        for i in range(RANK):
-            generator = torch.Generator().manual_seed(i)
-            draws.append(torch.cat([torch.randn(s, generator=generator, dtype=dtype).flatten() for s in shapes]))
-        extra["draws"] = torch.stack(draws, dim=1).double()
+    if name == "Nystrom":  # its test vectors are drawn in fp32 whatever the weights are
+        extra["draws"] = torch.stack([gaussian_like(lower, seed) for seed in range(RANK)], dim=1)
     return -m.T @ DENSE[name](h, v, **extra)
+
+
+def gaussian_like(module: nn.Module, seed: int) -> Tensor:
+    """A test vector of scalemlo's Nystrom, parameter after parameter, flat."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(p.shape, generator=generator).flatten() for p in module.parameters()]
+    return torch.cat(parts).double()
 
 
 def rounding(engines: list[str]) -> list[dict]:

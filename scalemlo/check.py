@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .binding import check_unrolling
 from .distributed import any_rank, world_size
 from .hypergradients import (
     SAMA,
@@ -212,6 +213,7 @@ class _Hop:
 
     def __init__(self, program: "Program", lower: LevelTrainer, uppers: Sequence[LevelTrainer], report: CheckReport):
         self.program, self.lower, self.uppers, self.report = program, lower, uppers, report
+        self.gradients = program._gradients
         self.asking = [
             t for t in program.trainers.values()
             if lower.name in t.others and program.graph.depends_on_best_responses(t.name)
@@ -230,7 +232,7 @@ class _Hop:
                 self._compare(own, candidates)
             finally:
                 self.lower.estimator = own
-                self.program._gradients = {}
+                self.gradients.clear()
 
     def _compare(self, own: Hypergradient, candidates: Sequence[Hypergradient]) -> None:
         exact = Unrolled()
@@ -249,7 +251,7 @@ class _Hop:
                     if not isinstance(estimator, UnrollingHypergradient):
                         found[i] = self._measure(estimator, estimator is own)
             self.lower.estimator = exact
-            self.program._gradients = {}
+            self.gradients.clear()
             if reason is None:
                 self.program._update([self.lower])
         if reason is not None:
@@ -274,7 +276,7 @@ class _Hop:
 
     def _why_not(self, exact: Unrolled) -> str | None:
         try:
-            self.program._check_unrolling(self.lower, exact)
+            check_unrolling(self.program.graph, self.lower, exact)
         except ValueError as error:
             return str(error)
         return None
@@ -287,13 +289,14 @@ class _Hop:
                 upper=upper.name, lower=self.lower.name, estimator=_written(estimator), is_configured=is_configured
             )
             zero = upper.weights() * 0.0
-            self.lower.estimator, self.program._gradients, self.program._record = estimator, {}, {}
+            self.lower.estimator, self.gradients.record = estimator, {}
+            self.gradients.clear()
             device = self.lower.engine.device
             direct = upper.compute_gradient([upper]).gradients[upper.name]
             reset_peak_bytes(device)
             bytes_before, seconds = peak_bytes(device), time.process_time()
             try:
-                _, total = self.program._hypergradient(upper)
+                _, total = self.gradients.hypergradient(upper)
             except (ValueError, DerivativeError) as error:
                 found[upper.name] = zero, Comparison(**row, note=str(error).split(". ")[0])  # type: ignore[arg-type]
                 continue
@@ -301,7 +304,7 @@ class _Hop:
                 total - direct,
                 Comparison(
                     **row,  # type: ignore[arg-type]
-                    num_hvps=int(sum(self.program._record.get(f"hvps/{self.lower.name}", [0]))),
+                    num_hvps=int(sum(self.gradients.record.get(f"hvps/{self.lower.name}", [0]))),
                     cpu_seconds=time.process_time() - seconds,
                     peak_growth_bytes=max(0, peak_bytes(device) - bytes_before),
                 ),

@@ -107,8 +107,8 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
         "pull_back",
         lambda self, v, problem: ({n: x * 1.01 for n, x in original(self, v, problem)[0].items()}, None),
     )
-    monkeypatch.setattr(mlo.Program, "_note_solve", lambda self, lower, result: None)
-    monkeypatch.setattr("scalemlo.program.Program._pull_back", lambda self, v, lower, level, uppers: (
+    monkeypatch.setattr("scalemlo.gradients.TickGradients._note_solve", lambda self, lower, result: None)
+    monkeypatch.setattr("scalemlo.gradients.TickGradients._pull_back", lambda self, v, lower, level, uppers: (
         lower.estimator.pull_back(v, lower.asked_by(level, uppers))[0]
     ))  # fmt: skip
     report = program().check([])

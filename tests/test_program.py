@@ -593,7 +593,7 @@ def test_history(tmp_path):
     assert all(norm > 0 for norm in history.column("gradient_norm/rater"))
     assert history.column("no such column") == []
     phases = {
-        "rater/data", "finetune/data", "rater/direct gradient", "finetune/gradient", "finetune/solve",
+        "rater/data", "finetune/data", "rater/direct gradient", "finetune/gradient",
         "finetune/hypergradient", "rater/step", "finetune/step",
     }  # fmt: skip
     assert set(history.phases) == phases

@@ -161,7 +161,8 @@ class LossAt:
                     gradients = torch.func.grad(loss)(leaves)
                     for part, total in zip(parts, totals, strict=True):
                         for key, by_name in gradients.items():
-                            accumulate(total[key], {n: part(g) for n, g in by_name.items()}, len(self.batches) * self.scale)
+                            found = {n: part(g) for n, g in by_name.items()}
+                            accumulate(total[key], found, len(self.batches) * self.scale)
         return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
 
     def _loss_of_leaves(self, batch, weights, moving, wanted, difference, leaves) -> Tensor:

@@ -1,0 +1,344 @@
+"""The gradients of all levels at one tick: direct gradients, and hypergradients hop by hop.
+
+All are taken at one point, on the same batches and with the same dropout masks, before any level steps.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+from .distributed import is_main_process
+from .graph import LevelGraph
+from .hypergradients import ImplicitHypergradient, Result
+from .second_order.errors import DerivativeError
+from .second_order.ghost import TOLERANCE, GhostProducts, disagreement, relative_difference
+from .shards import Shards
+from .tracking import History
+from .training import GradientResult, LevelTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or hypergradient is NaN or infinite."""
+
+
+class SkipTick(Exception):
+    """Leave this tick's updates out; ``key`` is what to count it under, None for what is no error."""
+
+    def __init__(self, message: str, *, key: str | None):
+        super().__init__(message)
+        self.key = key
+
+
+class TickGradients:
+    """Computes each level's total gradient once per tick, and what it needs below.
+
+    Args:
+        graph: The levels.
+        trainers: By name.
+        history: Phases, skipped updates and solves are noted there.
+        nonfinite: ``"raise"`` or ``"skip"``.
+    """
+
+    def __init__(self, graph: LevelGraph, trainers: Mapping[str, LevelTrainer], history: History, nonfinite: str):
+        self._graph, self._trainers, self._history, self._nonfinite = graph, trainers, history, nonfinite
+        self.outer_step = 1
+        self.record: dict[str, list[float]] = {}  # of the outer iteration in hand
+        self._found: dict[str, tuple[Shards, float]] = {}
+        self._pulls: dict[str, list[Shards]] = {}  # on lower levels at this tick, of estimators that change their loss
+        self._reached: dict[str, set[str]] = {name: set() for name in trainers}
+        self._probed: set[str] = set()
+        self._verified: set[str] = set()  # levels whose ghost products have been compared with the forward derivative
+        self._without_products: dict[str, str] = {}  # why levels that leave it open take the forward derivative
+        for trainer in trainers.values():
+            trainer.gradient = lambda trainer=trainer: self.of(trainer)
+
+    def clear(self) -> None:
+        """Forget the gradients of the tick before."""
+        self._found, self._pulls = {}, {}
+
+    def take(self, name: str) -> Shards:
+        """Hand the gradient of a level over to its step."""
+        return self._found.pop(name)[0]
+
+    def of(self, trainer: LevelTrainer) -> tuple[Shards, float]:
+        """The clipped total gradient of a level at this tick, computed once, and its clipping factor.
+
+        Args:
+            trainer: The level.
+
+        Returns:
+            Gradient and factor.
+        """
+        name = trainer.name
+        if name not in self._found:
+            through = self._graph.depends_on_best_responses(name)
+            loss, total = self.hypergradient(trainer) if through else self._plain_gradient(trainer)
+            self._keep_gradient(trainer, loss, total, "hypergradient" if through else "gradient")
+        return self._found[name]
+
+    def _keep_gradient(self, trainer: LevelTrainer, loss: float, total: Shards, phase: str) -> None:
+        clipped, factor, norm = trainer.clip(total)
+        if phase == "hypergradient" and not math.isfinite(norm):
+            self._blame_lower(trainer.name)
+        self._check_finite(norm, trainer, phase)
+        trainer.scaler.update(overflowed=False)
+        self.note(f"loss/{trainer.name}", loss)
+        self.note(f"gradient_norm/{trainer.name}", norm)
+        self._found[trainer.name] = clipped, factor
+
+    def _plain_gradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
+        probe = self._to_probe(trainer)
+        with self.phase(trainer, "gradient"):
+            result = trainer.compute_gradient([trainer], probe)
+        return result.loss, self._checked_gradient(trainer, result)
+
+    def _checked_gradient(self, trainer: LevelTrainer, result: GradientResult) -> Shards:
+        self._note_reached(trainer, result.reached)  # also of a step that is skipped: levels are probed once
+        self._check_finite(result.loss, trainer, "loss")
+        missing = [n for n in trainer.block.names if n not in result.reached[trainer.name]]
+        if missing and not trainer.level.allow_unused:
+            raise ValueError(
+                f"level {trainer.name!r}: its loss gives no gradient to {missing[:5]} ({len(missing)} parameter(s)). "
+                "Freeze them with requires_grad_(False), select others with `parameters`, or set allow_unused=True "
+                "where some batches leave parameters out."
+            )
+        gradient = result.gradients[trainer.name]
+        for pull in self._pulls.pop(trainer.name, ()):
+            gradient.add_(pull)
+        return gradient
+
+    def hypergradient(self, trainer: LevelTrainer) -> tuple[float, Shards]:
+        """Loss and total gradient of a level that depends on best responses, not clipped.
+
+        Reverse accumulation over the levels below: each is solved once, whatever the number of paths.
+
+        Args:
+            trainer: The level.
+
+        Returns:
+            Loss and gradient.
+
+        Raises:
+            ValueError: If no gradient can come through a level below.
+        """
+        name = trainer.name
+        dependent = [n for n in self._graph.order if name in self._graph.ancestors(n)]
+        wanted = [trainer, *(self._trainers[n] for n in self._graph.lowers(name) if n in dependent)]
+        for lower in (self._trainers[n] for n in dependent):
+            if lower.estimator.needs_gradient:
+                self.of(lower)
+        with self.phase(trainer, "direct gradient"):
+            result = trainer.compute_gradient(wanted, self._to_probe(trainer))
+        self._note_reached(trainer, result.reached)
+        self._check_finite(result.loss, trainer, "loss")
+        for lower in wanted[1:]:
+            if not result.reached[lower.name] and lower.estimator.differentiates_upper:
+                raise ValueError(
+                    f"level {name!r}: its loss reads {lower.name!r}, but no gradient reaches that level's parameters, "
+                    "so the hypergradient through it would be zero. If what it computes has no derivative, use "
+                    f"ZerothOrder() or Reinforce() as the hypergradient of {lower.name!r}; if it stands behind "
+                    "detach() or no_grad(), take it out from there."
+                )
+        for lower in (self._trainers[n] for n in dependent):
+            if lower.estimator.only_direct and not result.reached[name]:
+                raise ValueError(
+                    f"level {name!r}: its loss does not depend on its own parameters, and "
+                    f"{type(lower.estimator).__name__} of level {lower.name!r} gives the direct gradient alone: the "
+                    "hypergradient would be zero. Use Penalty(), or let the loss read self.module."
+                )
+        adjoints = result.gradients
+        for lower_name in reversed(dependent):
+            v = adjoints.pop(lower_name, None)
+            targets = [n for n in self._graph.uppers(lower_name) if n == name or n in dependent]
+            if v is None or not targets:
+                continue
+            lower = self._trainers[lower_name]
+            for target, product in self._pull_back(v, lower, trainer, [self._trainers[n] for n in targets]).items():
+                if lower.estimator.scores:
+                    self._reached[target] |= set(product)
+                adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
+            del v
+        return result.loss, adjoints[name]
+
+    def _pull_back(
+        self, v: Shards, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]
+    ) -> dict[str, Shards]:
+        """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
+        problem = lower.asked_by(level, uppers)
+        if self._takes_products(lower):
+            with self.phase(lower, "solve"):
+                result = lower.estimator.solve(v, problem)
+            found = {n: -x for n, x in self._gradient_with_products(lower, result.value, uppers).items()}
+        else:
+            with self.phase(lower, "hypergradient"):
+                found, result = lower.estimator.pull_back(v, problem)
+            if isinstance(lower.estimator, ImplicitHypergradient) and lower.estimator.chooses_method:
+                self.note(f"ghost/{lower.name}", 0.0)
+        self._note_solve(lower, result)
+        if result.pull is not None:
+            assert lower.name not in self._found, "upper levels come first"
+            self._pulls.setdefault(lower.name, []).append(result.pull)
+        return found
+
+    def _takes_products(self, lower: LevelTrainer) -> bool:
+        """Whether to try ghost products: always where asked for, by default where they may apply and save a pass."""
+        estimator = lower.estimator
+        if not isinstance(estimator, ImplicitHypergradient):
+            return False
+        return estimator.mixed == "ghost" or (
+            estimator.chooses_method
+            and lower.name not in self._without_products
+            and lower.name not in self._found
+            and not self._graph.depends_on_best_responses(lower.name)  # its gradient takes more than this pass
+        )
+
+    def _gradient_with_products(
+        self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]
+    ) -> dict[str, Shards]:
+        """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step.
+
+        Where the estimator leaves the method open, whatever stands against products (known on all ranks or on none)
+        means the forward derivative: for good if it lies in the loss or the module, else for these batches.
+
+        Raises:
+            DerivativeError: Where products were asked for and cannot be had.
+        """
+        name, is_asked_for = lower.name, lower.estimator.mixed == "ghost"
+        ghost = GhostProducts(lower.block, v)
+        try:
+            with self.phase(lower, "gradient and mixed partial"):
+                result = lower.compute_gradient([lower, *uppers], ghost=ghost)
+        except DerivativeError as error:
+            for engine in dict.fromkeys([lower.engine, *(t.engine for t in lower.others.values())]):
+                engine.clear_gradients()
+            if is_asked_for:
+                raise
+            self.note(f"ghost/{name}", 0.0)
+            self._without_products[name] = str(error)
+            logger.debug("level %r: mixed partials by the forward derivative: %s", name, error)
+            return self._forward_mixed(lower, v, uppers)
+        mixed = {upper.name: result.gradients.pop(upper.name) for upper in uppers}
+        if ghost.refusal is not None and is_asked_for:
+            raise DerivativeError(f"level {name!r}: {ghost.refusal}")
+        is_good = ghost.refusal is None
+        if not is_good:
+            mixed = self._forward_mixed(lower, v, uppers)
+        elif name not in self._verified:
+            expected = self._forward_mixed(lower, v, uppers)
+            is_good = self._verify(lower, mixed, expected)
+            mixed = mixed if is_good else expected
+        # A first gradient also notes which parameters of the levels above the loss reaches: only a good pass shows it.
+        may_keep = is_good or name in self._probed
+        if may_keep and name not in self._found and not self._graph.depends_on_best_responses(name):
+            self._probed.add(name)
+            self._keep_gradient(lower, result.loss, self._checked_gradient(lower, result), "gradient")
+        self.note(f"ghost/{name}", float(is_good))
+        return mixed
+
+    def _forward_mixed(self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]) -> dict[str, Shards]:
+        with self.phase(lower, "hypergradient"):
+            return lower.compute_mixed(v, uppers, "forward")
+
+    def _verify(self, lower: LevelTrainer, found: dict[str, Shards], expected: dict[str, Shards]) -> bool:
+        """Compare the first products with the forward derivative; False where they must not be used.
+
+        Raises:
+            DerivativeError: Where products were asked for and are wrong.
+        """
+        error, limit = relative_difference(found, expected), TOLERANCE[lower.engine.spec.dtype]
+        if math.isnan(error):  # nothing to compare with: zero or not finite
+            return False
+        if error <= limit:
+            self._verified.add(lower.name)
+            return True
+        message = f"level {lower.name!r}: {disagreement(error, limit)}"
+        if lower.estimator.mixed == "ghost":
+            raise DerivativeError(f"{message}. Use mixed='forward', which has no such condition.")
+        self._without_products[lower.name] = message
+        if is_main_process():
+            warnings.warn(f"{message}. The forward derivative is used from here on.", stacklevel=2)
+        return False
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+    def _to_probe(self, trainer: LevelTrainer) -> list[LevelTrainer]:
+        """At a level's first gradient: the upper levels it reads, to note which of their parameters it reaches."""
+        if trainer.name in self._probed:
+            return []
+        self._probed.add(trainer.name)
+        return [self._trainers[n] for n in self._graph.uppers(trainer.name)]
+
+    def _note_reached(self, trainer: LevelTrainer, reached: dict[str, set[str]]) -> None:
+        for name, parameters in reached.items():
+            if name == trainer.name or name in self._graph.uppers(trainer.name):
+                self._reached[name] |= parameters
+
+    def check_reached(self, stepping: Sequence[LevelTrainer]) -> None:
+        """At the first step of a level: that some loss depends on each of its parameters.
+
+        Args:
+            stepping: Levels that are about to step.
+
+        Raises:
+            ValueError: Naming parameters that none does.
+        """
+        for trainer in stepping:
+            missing = [n for n in trainer.block.names if n not in self._reached[trainer.name]]
+            if missing and not trainer.level.allow_unused and trainer.num_steps == 0:
+                raise ValueError(
+                    f"level {trainer.name!r}: no loss reaches {missing[:5]} ({len(missing)} parameter(s)): neither its "
+                    "own nor that of a lower level that reads it. Is their effect behind detach() or no_grad()? If "
+                    "not, freeze them with requires_grad_(False), or select others with `parameters`."
+                )
+
+    def _blame_lower(self, name: str) -> None:
+        """Name the lower level whose own loss or gradient is not finite, where that is why a hypergradient is not."""
+        for other in self._graph.order:
+            if name in self._graph.ancestors(other):
+                self.of(self._trainers[other])
+
+    def _check_finite(self, value: float, trainer: LevelTrainer, phase: str) -> None:
+        if math.isfinite(value):
+            return
+        message = (
+            f"level {trainer.name!r}, step {trainer.num_steps + 1} (outer step {self.outer_step}), phase {phase!r}: "
+            f"the {phase} is {value}. Lower the learning rate, set max_grad_norm, or use nonfinite='skip' to leave "
+            "such updates out."
+        )
+        if trainer.scaler.enabled and phase != "loss":  # fp16 overflow: part of dynamic loss scaling, not an error
+            trainer.scaler.update(overflowed=True)
+            raise SkipTick(message, key=None)
+        if self._nonfinite == "skip":
+            raise SkipTick(message, key=f"{trainer.name}/{phase}")
+        raise NonFiniteError(message)
+
+    # ---- notes ----------------------------------------------------------------------------------------------------
+    def phase(self, trainer: LevelTrainer, name: str):
+        """Time a phase of a level."""
+        return self._history.phase(trainer.name, name, trainer.engine.device)
+
+    def _note_solve(self, lower: LevelTrainer, result: Result) -> None:
+        """Record how a solve ended; say once per level and ending what was not as asked for."""
+        if result.num_hvps:
+            self.note(f"hvps/{lower.name}", result.num_hvps)
+            self.note(f"iterations/{lower.name}", result.num_iterations)
+        if result.residual is not None:
+            self.note(f"residual/{lower.name}", result.residual)
+        if result.status.is_good:
+            return
+        key = f"{lower.name}/{result.status.name.lower()}"
+        self._history.solves[key] = self._history.solves.get(key, 0) + 1
+        if self._history.solves[key] == 1 and is_main_process():
+            residual = "" if result.residual is None else f", relative residual {result.residual:.1e}"
+            warnings.warn(
+                f"level {lower.name!r}, outer step {self.outer_step}: {type(lower.estimator).__name__} "
+                f"{result.status.value} ({result.num_iterations} iterations{residual}). Said once; "
+                "history.solves counts them.",
+                stacklevel=2,
+            )
+
+    def note(self, key: str, value: float) -> None:
+        """Add a value to the record of the outer iteration."""
+        self.record.setdefault(key, []).append(value)
