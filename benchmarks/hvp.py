@@ -159,7 +159,10 @@ def counted(operation: Callable[[], Any], unit_bytes: int) -> dict:
 @contextmanager
 def _collectives(dist) -> Iterator[list[int]]:
     """Bytes of the unsharded side of every all-gather and reduce-scatter, and of every all-reduce, one by one."""
-    whole = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 1, "all_reduce": 0}  # position of that argument
+    first = "all_gather_into_tensor", "all_gather_single", "all_reduce"
+    second = "reduce_scatter_tensor", "reduce_scatter_single"
+    whole = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)  # position of that side among the tensors
+    whole = {name: position for name, position in whole.items() if hasattr(dist, name)}  # by version
     originals = {name: getattr(dist, name) for name in whole}
     sizes: list[int] = []
 

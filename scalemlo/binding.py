@@ -70,16 +70,16 @@ def check_unrolling(graph: LevelGraph, trainer: LevelTrainer, estimator: Unrolli
         estimator: The estimator.
 
     Raises:
-        ValueError: If there are fewer steps than it wants, the optimizer's update is not known, or the level's loss
-            reads levels that move below it.
+        ValueError: If there are fewer steps than it wants, the optimizer's update is not known, or levels stand
+            below it.
     """
     estimator.steps_of(trainer.level.unroll_steps, trainer.name)
     update_rule(trainer.optimizer, trainer.name)
-    lowers = graph.lowers(trainer.name)
-    if lowers:
+    below = graph.below(trainer.name)
+    if below:
         raise ValueError(
-            f"level {trainer.name!r}: {type(estimator).__name__} takes its steps again, but they depend on "
-            f"the moving levels {lowers} below it. Use an implicit estimator for it, ConjugateGradient() say."
+            f"level {trainer.name!r}: {type(estimator).__name__} takes its steps again, but levels {below} stand below "
+            "it and move with them. Use an implicit estimator for it, ConjugateGradient() say."
         )
 
 

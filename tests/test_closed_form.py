@@ -99,7 +99,7 @@ class Quadratic:
         return torch.autograd.grad(self.total(name, values), own)[0]
 
     # ---- the program ---------------------------------------------------------------------------------------------
-    def level(self, name: str, value: Tensor) -> mlo.Level:
+    def level(self, name: str, value: Tensor, estimator: mlo.Hypergradient | None = None) -> mlo.Level:
         problem, reads = self, [*self.graph[name][0], *self.graph[name][1]]
 
         class Own(mlo.Level):
@@ -111,11 +111,15 @@ class Quadratic:
         Own.loss.__signature__ = inspect.Signature(
             [kinds("self", kinds.POSITIONAL_OR_KEYWORD), *(kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in reads)]
         )
-        return Own(name, Vector(value), optimizer=partial(torch.optim.SGD, lr=0.1))
+        estimator = estimator if self.graph[name][0] else None  # a level that reads none above has no use for one
+        return Own(name, Vector(value), optimizer=partial(torch.optim.SGD, lr=1.0), hypergradient=estimator)
 
-    def measured(self, name: str, spec: mlo.engines.EngineSpec) -> Tensor:
+    def measured(
+        self, name: str, spec: mlo.engines.EngineSpec, estimators: dict[str, mlo.Hypergradient] | None = None
+    ) -> Tensor:
         values = self.values_for(name)
-        program = mlo.Program([self.level(n, values[n]) for n in self.graph], engine=spec)
+        levels = [self.level(n, values[n], (estimators or {}).get(n)) for n in self.graph]
+        program = mlo.Program(levels, engine=spec)
         gradient = program.gradients()[name]
         return program.trainers[name].engine.gather(dict(gradient))["value"]
 
@@ -157,6 +161,35 @@ def test_gradients_of_every_level(shape):
         expected = problem.expected(name)
         assert expected.norm() > 0.1
         torch.testing.assert_close(problem.measured(name, mlo.Single()), expected, rtol=1e-12, atol=1e-12)
+
+
+# Exact where the Hessian is the identity and a step of gradient descent is a Newton step. Gradients are compared where
+# the lower levels have answered, and such a step stays there: unrolling it changes nothing but the derivative.
+EXACT = {
+    "sama": mlo.SAMA(),
+    "neumann": mlo.Neumann(num_terms=2),
+    "conjugate gradient": mlo.ConjugateGradient(tolerance=1e-14),
+    "soba": mlo.SOBA(step_size=1.0),
+    "unrolled": mlo.Unrolled(),
+}
+
+
+@pytest.mark.parametrize("estimator", EXACT)
+@pytest.mark.parametrize("shape", GRAPHS)
+def test_any_estimator_on_any_hop(shape, estimator):
+    """One hop at a time, the others by the identity; then the same estimator on all of them."""
+    problem = Quadratic(shape)
+    exact = EXACT[estimator]
+    hops = [n for n, (uppers, _) in problem.graph.items() if uppers]
+    if exact.unrolls:  # refused for levels above others, whose steps come first
+        above = {upper for uppers, _ in problem.graph.values() for upper in uppers}
+        hops = [n for n in hops if n not in above]
+    for chosen in [*([hop] for hop in hops), hops]:
+        for name in problem.graph:
+            if exact.unrolls and name in chosen:  # seen after its steps, where its own gradient is another
+                continue
+            found = problem.measured(name, mlo.Single(), dict.fromkeys(chosen, exact))
+            torch.testing.assert_close(found, problem.expected(name), rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_of_every_level_on_two_ranks():

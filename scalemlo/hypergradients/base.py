@@ -224,7 +224,7 @@ class UnrollingHypergradient(Hypergradient):
     """An estimator that goes through the last K steps of the lower level's optimizer, as they were taken.
 
     The steps are recorded (batches, masks, options, about sqrt(K) states on the host), and the upper level moves after
-    the K-th, whose effect is part of the derivative. The lower level must read no level below it.
+    the K-th, whose effect is part of the derivative. No level may stand below it.
 
     Args:
         num_steps: K, at most the level's ``unroll_steps``; by default all of them. Fewer are a truncation.
