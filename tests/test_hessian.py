@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scalemlo as mlo
@@ -97,3 +98,55 @@ def test_a_scaled_loss_gives_the_same_products(products):
         assert relative_error(dict(b), dict(a)) < 1e-12
         (a,), (b,) = (loss.gradient(uppers).values() for loss in (plain, scaled))
         assert relative_error(dict(b), dict(a)) < 1e-12
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Dropout(0.3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("products", ["remat", "retain"])
+def test_dropout_is_replayed_not_switched_off(products):
+    """One set of masks in the live gradient, in every product, and in the rematerialised forward."""
+
+    class Train(mlo.Level):
+        def loss(self, batch, rater):
+            return mlo.weighted_mean(self.module(batch).square().mean(1), rater(batch).sigmoid()[:, 0])
+
+    class Rate(mlo.Level):
+        def loss(self, batch, train):
+            return train(batch).square().mean()
+
+    torch.manual_seed(0)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    data = [torch.randn(8, 5, dtype=torch.float64)]
+    model = Dropping().double()
+    levels = [
+        Rate("rater", nn.Linear(5, 1).double(), data=data, optimizer=sgd),
+        Train("train", model, data=data, optimizer=sgd, gradient_accumulation_steps=2),
+    ]
+    program = mlo.Program(levels)
+    program.gradients()
+    lower = program.trainers["train"]
+    weights, v = lower.weights(), lower.weights().map(torch.randn_like)
+    base = weights.clone()
+
+    def gradient(step: float) -> mlo.Shards:  # by the live module, with the masks of this step
+        for name, w in weights.items():
+            w.copy_(base[name] + step * v[name])
+        return lower.compute_gradient([lower]).gradients["train"]
+
+    with hessian(lower.loss_at(), lower.block, products) as operator:
+        product = operator(v)
+    difference = (gradient(1e-5) - gradient(-1e-5)) * 5e4
+    gradient(0.0)
+    assert relative_error(dict(product), dict(difference)) < 1e-8
+    model.eval()
+    with hessian(lower.loss_at(), lower.block, products) as operator:
+        assert relative_error(dict(operator(v)), dict(difference)) > 0.1
