@@ -235,8 +235,8 @@ def gathered_storages() -> Iterator[Any]:
         return [x for x in tree_leaves(tree) if hasattr(x, "untyped_storage") and x.device.type != "meta"]
 
     storages = Storages()
-    places = [(fsdp, "gather_rows", "_gathering"), (gather, "_all_gather", "_gathering")]
-    places += [(gather, "_reduce_scatter", "_reducing")]
+    places = [(fsdp, "gather_rows", "_gathering"), (gather.Packing, "gather", "_gathering")]
+    places += [(gather.Packing, "reduce_scatter", "_reducing")]
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, kind), original in zip(places, originals, strict=True):
         setattr(module, name, storages.inside(original, kind))

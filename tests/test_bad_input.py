@@ -351,7 +351,8 @@ def nonfinite_program(level, where, value, nonfinite, engine=None, bad_batch=1, 
     data = [batch.clone() for batch in TRAIN * 2]
     rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 1)
     data[bad_batch][rows, 0] = 100.0
-    return program(low=BadLow, top=BadTop, engine=engine, nonfinite=nonfinite, low_options=dict(data=data),
+    low_options = dict(data=data, hypergradient=mlo.Identity(mixed="forward"))  # whose tangents are spoiled
+    return program(low=BadLow, top=BadTop, engine=engine, nonfinite=nonfinite, low_options=low_options,
                    top_options=dict(data=data))  # fmt: skip
 
 

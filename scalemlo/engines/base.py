@@ -110,13 +110,14 @@ class Engine(ABC):
         """This rank's shards of tensors that every rank holds whole; the inverse of :meth:`gather`."""
 
     @abstractmethod
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor], *, tangents_only: bool = False) -> dict[str, Tensor]:
         """Full tensors in the dtype the live module computes in; differentiable in every mode.
 
         The adjoint is a reduce-scatter (sum) in the dtype of the shards; for replicated parameters nothing is summed.
 
         Args:
             shards: Local shards by parameter name.
+            tangents_only: Whether of dual gradients only the tangents are wanted: half the bytes; the rest may be zero.
         """
 
     @abstractmethod

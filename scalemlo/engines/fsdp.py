@@ -128,14 +128,15 @@ class FSDPEngine(Engine):
         """Rows of this rank."""
         return {name: t[self._layout[name].local_rows(rank())].clone() for name, t in full.items()}
 
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor], *, tangents_only: bool = False) -> dict[str, Tensor]:
         """One all-gather per dtype; see :meth:`Engine.gather`."""
-        by_dtype: dict[torch.dtype, list[str]] = defaultdict(list)
+        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
         for name, shard in shards.items():
-            by_dtype[shard.dtype].append(name)
+            by_dtype[shard.dtype][name] = shard
         full = {}
-        for dtype, names in by_dtype.items():
-            full |= gather_rows(shards, self._layout, names, self.group, self.spec.compute_dtype or dtype)
+        for dtype, group in by_dtype.items():
+            compute_dtype = self.spec.compute_dtype or dtype
+            full |= gather_rows(group, self._layout, self.group, compute_dtype, tangents_only=tangents_only)
         return full
 
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class ReplicatedEngine(Engine):
         """Nothing to split."""
         return dict(full)
 
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor], *, tangents_only: bool = False) -> dict[str, Tensor]:
         """Nothing to gather; autocast casts inside the operations."""
         return dict(shards)
 

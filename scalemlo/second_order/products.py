@@ -157,7 +157,9 @@ class LossAt:
                     if difference is not None:
                         difference.start()
                     leaves = {key: {n: weights[b.engine][n] for n in b.names} for key, b in wanted.items()}
-                    loss = partial(self._loss_of_leaves, batch, weights, moving, wanted, difference)
+                    loss = partial(
+                        self._loss_of_leaves, batch, weights, moving, wanted, difference, parts == [_tangent]
+                    )
                     gradients = torch.func.grad(loss)(leaves)
                     for part, total in zip(parts, totals, strict=True):
                         for key, by_name in gradients.items():
@@ -165,12 +167,13 @@ class LossAt:
                             accumulate(total[key], found, len(self.batches) * self.scale)
         return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
 
-    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, leaves) -> Tensor:
+    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, tangents_only, leaves) -> Tensor:
         traced = {engine: dict(held) for engine, held in weights.items()}
         for key, block in wanted.items():
             traced[block.engine] |= leaves[key]
         with NoGradIsConstant():
-            return self.scale * self.local_loss(batch, traced, [*(b for b, _ in moving), *wanted.values()], difference)
+            blocks = [*(block for block, _ in moving), *wanted.values()]
+            return self.scale * self.local_loss(batch, traced, blocks, difference, tangents_only=tangents_only)
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
@@ -194,6 +197,7 @@ class LossAt:
         difference: CentralDifference | None = None,
         *,
         keep_graph: bool = False,
+        tangents_only: bool = False,
     ) -> Tensor:
         """This rank's loss on one micro-batch with given shards.
 
@@ -203,6 +207,7 @@ class LossAt:
             traced: Blocks whose shards carry derivatives; the rest is gathered apart from them, at half the bytes.
             difference: Runs the module of its own engine, if given.
             keep_graph: Whether units keep the graph of their forward instead of running again in the backward.
+            tangents_only: Whether of dual gradients only the tangents are wanted.
 
         Returns:
             The loss.
@@ -216,7 +221,7 @@ class LossAt:
                 groups = [set(block.names) for block in traced if block.engine is engine]
                 lender = Lender(
                     weights[engine],
-                    partial(_gather_apart, engine, groups),
+                    partial(_gather_apart, engine, groups, tangents_only),
                     at_once=engine.group is None,
                     remat=bool(traced) and difference is None and not keep_graph,
                 )
@@ -243,13 +248,15 @@ def _noting(called: set[Engine], engine: Engine, run: Callable, method: str, arg
     return run(method, args, kwargs)
 
 
-def _gather_apart(engine: Engine, groups: Sequence[set[str]], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gather_apart(
+    engine: Engine, groups: Sequence[set[str]], tangents_only: bool, shards: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Gather constants apart from each traced block: a constant needs no tangent and no adjoint."""
     full: dict[str, Tensor] = {}
     left = dict(shards)
     for group in groups:
         members = {n: left.pop(n) for n in list(left) if n in group}
-        full |= engine.gather(members) if members else {}
+        full |= engine.gather(members, tangents_only=tangents_only) if members else {}
     return full | (engine.gather(left) if left else {})
 
 
