@@ -26,7 +26,7 @@ from typing import Any
 
 import measure
 
-FULL = dict(vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=9, length=256)
+FULL = dict(vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=5, length=256)
 QUICK = dict(vocab_size=300, hidden_size=128, intermediate_size=352, num_hidden_layers=3, length=64)
 BATCH = 4
 AIMS = "aims: remat at most 3.3 checkpointed gradients and 2 units held, a further retained product 2.2 gradients"

@@ -258,6 +258,11 @@ class _Hop:
             self.report.notes.append(f"{self.lower.name}: no exact hypergradient to compare with: {reason}")
             self.report.comparisons += [row for by_level in found.values() for _, row in by_level.values()]
             return
+        if num_steps == 1:
+            self.report.notes.append(
+                f"{self.lower.name}: unroll_steps=1, so exact means the derivative through one step; estimators that "
+                "solve with the Hessian answer for the best response instead, and may differ without being wrong."
+            )
         whole = self.lower.trajectory
         assert whole is not None
         for i, estimator in enumerate(candidates):

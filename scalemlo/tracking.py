@@ -84,7 +84,8 @@ class History:
             writer.writeheader()
             writer.writerows(self.steps)
         summary: dict[str, Any] = {name: stats.as_row() for name, stats in self.phases.items()}
-        (folder / "phases.json").write_text(json.dumps({"phases": summary, "skipped": self.skipped}, indent=2))
+        content = {"phases": summary, "skipped": self.skipped, "solves": self.solves}
+        (folder / "phases.json").write_text(json.dumps(content, indent=2))
 
 
 def reset_peak_bytes(device: torch.device) -> None:

@@ -21,6 +21,17 @@ BATCH, LENGTH, VOCAB = 8, 12, 37
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------
+class Vector(nn.Module):
+    """Parameters and nothing else; `forward` gives them."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone())
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 def mlp() -> nn.Module:
     """LayerNorm and a stack of blocks in a ModuleList, odd sizes so that shards are uneven."""
 

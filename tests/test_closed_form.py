@@ -10,23 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import scalemlo as mlo
+from tests.problems import Vector
 from tests.ranks import run_ranks
 
 SIZE = 5  # odd: uneven shards on two ranks
-
-
-class Vector(nn.Module):
-    """Parameters and nothing else; `forward` gives them."""
-
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = nn.Parameter(value.detach().clone())
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 # Per graph: for each level, top to bottom, the levels above that its loss reads and the levels below that it reads.

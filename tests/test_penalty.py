@@ -264,9 +264,9 @@ def test_difference_of_gradients_is_a_mixed_partial_where_the_copy_is_near(accum
 
 
 BAD = [
-    (dict(penalty=0.0), "penalty=0.0 must be a finite number, positive"),
+    (dict(penalty=0.0), "penalty=0.0 must be a finite number greater than 0"),
     (dict(penalty=float("inf")), "penalty=inf"),
-    (dict(penalty_growth=-1.0), "penalty_growth=-1.0 must be a finite number, at least 0"),
+    (dict(penalty_growth=-1.0), "penalty_growth=-1.0 must be a finite number of at least 0"),
     (dict(learning_rate=-0.1), "learning_rate=-0.1"),
     (dict(num_steps=0), "num_steps=0 must be an integer of at least 1"),
     (dict(num_steps=1.5), "num_steps=1.5"),

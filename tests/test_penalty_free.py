@@ -4,21 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import scalemlo as mlo
+from tests.problems import Vector
 from tests.ranks import run_ranks
 
 SIZE, RATE, PENALTY = 5, 0.1, 4.0
-
-
-class Vector(nn.Module):
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = nn.Parameter(value.clone())
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -94,5 +86,5 @@ def test_more_steps_of_the_lower_level_are_refused():
 
 
 def test_penalty_out_of_range():
-    with pytest.raises(ValueError, match="penalty=0 must be a finite number, positive"):
+    with pytest.raises(ValueError, match="penalty=0 must be a finite number greater than 0"):
         mlo.PBGDFree(penalty=0)

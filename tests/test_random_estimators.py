@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 import scalemlo as mlo
-from tests.problems import Problem, build_modules, full_tensors
+from tests.problems import Problem, Vector, build_modules, full_tensors
 from tests.ranks import run_ranks
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, betas=(0.8, 0.9), eps=1e-4, weight_decay=0.1)
@@ -106,15 +106,6 @@ def test_a_loss_without_a_derivative_is_refused_where_one_is_needed(estimator):
 # ---- scores ------------------------------------------------------------------------------------------------------
 PULLS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64)
-
-
-class Vector(nn.Module):
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = nn.Parameter(value.clone())
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 class Draws(mlo.Level):
@@ -218,7 +209,7 @@ def test_draws_are_the_same_in_every_pass_of_a_step_whatever_dropout_takes():
     [
         (lambda: mlo.ForwardGradient(num_directions=0), "num_directions=0"),
         (lambda: mlo.ZerothOrder(num_directions=0), "num_directions=0"),
-        (lambda: mlo.ZerothOrder(radius=0.0), "radius=0.0 must be positive"),
+        (lambda: mlo.ZerothOrder(radius=0.0), "radius=0.0 must be a finite number greater than 0"),
         (lambda: mlo.Reinforce(baseline_decay=1.0), "baseline_decay=1.0"),
         (lambda: replace(mlo.ForwardGradient(), num_steps=-1), "num_steps=-1"),
     ],

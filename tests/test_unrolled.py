@@ -212,7 +212,7 @@ def test_memory_grows_with_the_square_root_of_the_steps(num_steps):
 def test_more_steps_than_there_are_is_refused():
     with pytest.raises(ValueError, match="num_steps=4 of Unrolled is more than the level's unroll_steps=3"):
         Case(Problem(), 4, 3).program(mlo.Single())
-    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_steps=0 must be an integer of at least 1"):
         mlo.Unrolled(num_steps=0)
 
 

@@ -1,6 +1,14 @@
 """Estimators of the hypergradient."""
 
-from .base import Hypergradient, ImplicitHypergradient, LowerProblem, Result, Status, UnrollingHypergradient
+from .base import (
+    CurvatureHypergradient,
+    Hypergradient,
+    ImplicitHypergradient,
+    LowerProblem,
+    Result,
+    Status,
+    UnrollingHypergradient,
+)
 from .conjugate_gradient import ConjugateGradient
 from .forward_gradient import ForwardGradient
 from .identity import Identity
@@ -33,6 +41,7 @@ ESTIMATORS: dict[str, type[Hypergradient]] = {
 __all__ = [
     "ESTIMATORS",
     "ConjugateGradient",
+    "CurvatureHypergradient",
     "ForwardGradient",
     "Hypergradient",
     "Identity",

@@ -15,6 +15,7 @@ from ..second_order.hessian import PRODUCTS, HessianOperator, Products
 from ..second_order.products import LossAt
 from ..shards import Shards
 from ..trajectory import Trajectory
+from .fields import require_count
 
 Method = Literal["auto", "forward", "finite_difference", "ghost"]
 METHODS: tuple[Method, ...] = ("auto", "forward", "finite_difference", "ghost")
@@ -238,8 +239,8 @@ class UnrollingHypergradient(Hypergradient):
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1; None goes through all.")
+        if self.num_steps is not None:
+            require_count(self, "num_steps")
 
     def steps_of(self, unroll_steps: int, level: str) -> int:
         """K for a level that makes ``unroll_steps`` steps between two of the levels above.

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
-from .solver import Matvec, require_count, require_number, rounding
+from .fields import require_count, require_number
+from .solver import Matvec, rounding
 
 
 def conjugate_gradient(

@@ -11,6 +11,7 @@ from ..shards import Shards
 from ..trajectory import LevelState, RecordedStep, clipping_factor
 from ..update_rules import State
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
+from .fields import require_count
 from .random_directions import along, rademacher
 
 
@@ -43,8 +44,7 @@ class ForwardGradient(UnrollingHypergradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_directions < 1:
-            raise ValueError(f"num_directions={self.num_directions} must be at least 1.")
+        require_count(self, "num_directions")
 
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """See :meth:`Hypergradient.pull_back`."""

@@ -5,7 +5,8 @@ from typing import Literal
 
 from ..shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
-from .solver import Matvec, require_count, require_number
+from .fields import require_count, require_number
+from .solver import Matvec
 from .update_derivative import update_derivatives
 
 Preconditioner = Literal["none", "optimizer"]
@@ -21,7 +22,7 @@ def neumann_series(
     """``s = sum_{k=0}^{K-1} (I - D H)^k D v``, which tends to H^-1 v where all eigenvalues of D H lie in (0, 2).
 
     Computed as ``s <- s + D r, r <- r - H D r`` from s = 0, r = v, so that ``r = v - H s`` is the residual throughout,
-    for any D. Holds three vectors beside v and D.
+    for any D. Holds four vectors beside v and D.
 
     Args:
         matvec: ``v -> H v``.
@@ -63,7 +64,7 @@ class Neumann(CurvatureHypergradient):
     diagonal derivative of its update, as in :class:`SAMA`, which is the first term of this series at a = 1.
 
     Small eigenvalues converge slowly, as ``(1 - a h)^K``: a truncated series damps them. Costs ``num_terms``
-    Hessian-vector products; holds three vectors beside v, with the preconditioner also D and the lower gradient.
+    Hessian-vector products; holds four vectors beside v, with the preconditioner also D.
 
     Reference: Lorraine et al. 2020, "Optimizing Millions of Hyperparameters by Implicit Differentiation",
     alg. 3, whose i iterations are ``num_terms = i + 1`` here.

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
+from .fields import require_count, require_number
 from .random_directions import gaussian
-from .solver import Matvec, require_count, require_number, rounding
+from .solver import Matvec, rounding
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from ..second_order.held import held_at_weights
 from ..second_order.products import LossAt
 from ..shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
+from .fields import require_count, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +59,10 @@ class Penalty(Hypergradient):
     learning_rate: float
 
     def __post_init__(self) -> None:
-        for name, least in (("penalty", "positive"), ("learning_rate", "positive"), ("penalty_growth", "at least 0")):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and (value > 0 if least == "positive" else value >= 0)):
-                raise ValueError(f"{name}={value!r} must be a finite number, {least}.")
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(
-                f"num_steps={self.num_steps!r} must be an integer of at least 1: without a step y is z, and the "
-                "hypergradient zero."
-            )
+        require_number(self, "penalty", positive=True)
+        require_number(self, "learning_rate", positive=True)
+        require_number(self, "penalty_growth", positive=False)
+        require_count(self, "num_steps")  # without a step y is z, and the hypergradient zero
 
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """Move y, and take the difference of first derivatives.

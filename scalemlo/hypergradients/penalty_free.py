@@ -1,11 +1,11 @@
 """The penalty method without a value function: the lower level itself follows the penalised loss."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
+from .fields import require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class PBGDFree(Hypergradient):
     penalty: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.penalty) and self.penalty > 0):
-            raise ValueError(f"penalty={self.penalty!r} must be a finite number, positive.")
+        require_number(self, "penalty", positive=True)
 
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """Nothing for the levels above, a pull for the lower one; see :meth:`Hypergradient.pull_back`."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
-from .solver import Matvec, require_count, require_number
+from .fields import require_count, require_number
+from .solver import Matvec
 
 DIVERGED_AT = 100.0
 """A residual this many times |v|, with zero's being 1, is not worth starting from."""

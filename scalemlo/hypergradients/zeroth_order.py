@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from ..shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
+from .fields import require_count, require_number
 from .random_directions import along, rademacher
 
 
@@ -43,10 +44,8 @@ class ZerothOrder(UnrollingHypergradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_directions < 1:
-            raise ValueError(f"num_directions={self.num_directions} must be at least 1.")
-        if not self.radius > 0:
-            raise ValueError(f"radius={self.radius} must be positive.")
+        require_count(self, "num_directions")
+        require_number(self, "radius", positive=True)
 
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """See :meth:`Hypergradient.pull_back`; v, which may be zero, is not used."""

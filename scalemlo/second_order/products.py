@@ -95,13 +95,14 @@ class LossAt:
     def tangents(self, moving: Sequence[Vector], wanted: Blocks) -> dict[str, Shards]:
         """``d/de`` of the gradient by the wanted parameters while others move; see the module's docstring.
 
+        An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
+
         Args:
             moving: Directions, linear in all of them together.
             wanted: Parameters by any key.
 
         Returns:
             One vector per key, mean over ranks and micro-batches, laid out like the block.
-        An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
         """
         moving, factor = self._of_the_size_of_weights(moving)
         found = self._differentiate(moving, wanted, [_tangent])[0]
