@@ -1,5 +1,6 @@
 """Tables and pictures at the end of a run."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -115,19 +116,26 @@ def plot_check(path: str | Path, report: CheckReport) -> None:
     from matplotlib import pyplot as plt
 
     rows = [c for c in report.comparisons if np.isfinite(c.cosine)]
-    hops = list(dict.fromkeys(f"{c.upper} < {c.lower}" for c in rows))
-    figure, axes = plt.subplots(1, max(1, len(hops)), figsize=(7 * max(1, len(hops)), 4.2), squeeze=False,
-                                constrained_layout=True)  # fmt: skip
-    for axis, hop in zip(axes[0], hops, strict=False):
-        mine = sorted((c for c in rows if f"{c.upper} < {c.lower}" == hop), key=lambda c: c.cosine)
+    hops = list(dict.fromkeys((c.upper, c.lower) for c in rows))
+    height = 1.2 + 0.42 * max(1, len(rows))
+    figure, axes = plt.subplots(
+        max(1, len(hops)), 2, figsize=(12, height), squeeze=False, sharey="row", constrained_layout=True
+    )
+    for (left, right), hop in zip(axes, hops, strict=False):
+        mine = sorted((c for c in rows if (c.upper, c.lower) == hop), key=lambda c: c.cosine)
+        names = [textwrap.fill(c.estimator, 42) for c in mine]
         colors = ["#c8553d" if c.is_configured else "#2a7f62" for c in mine]
-        bars = axis.barh([c.estimator for c in mine], [c.cosine for c in mine], color=colors)
-        labels = [f"{c.cosine:.3f}, {c.cpu_seconds:.2f} CPU-s, {c.num_hvps} HVPs" for c in mine]
-        axis.bar_label(bars, labels, padding=4, fontsize=8)
-        axis.set(title=f"{hop}: cosine to the exact hypergradient", xlim=(min(0.0, mine[0].cosine), 1.6))
-        axis.axvline(1.0, color="black", linewidth=0.8)
+        cosines = left.barh(names, [c.cosine for c in mine], color=colors)
+        left.bar_label(cosines, [f"{c.cosine:.4f}" for c in mine], padding=3, fontsize=8)
+        left.set(title=f"{hop[0]} through {hop[1]}: cosine to the exact one", xlim=(min(0.0, mine[0].cosine), 1.15))
+        left.tick_params(axis="y", labelsize=8)
+        seconds = right.barh(names, [c.cpu_seconds for c in mine], color=colors)
+        labels = [f"{c.cpu_seconds:.2f} s, {c.num_hvps} HVPs" for c in mine]
+        right.bar_label(seconds, labels, padding=3, fontsize=8)
+        right.set(title="CPU-seconds", xlim=(0, 1.35 * max(c.cpu_seconds for c in mine)))
     if not hops:
         axes[0][0].text(0.5, 0.5, "nothing to compare with", ha="center")
+    figure.suptitle("The program's own estimator is red", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -150,6 +150,24 @@ def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out / "reweighted")
 
 
+@pytest.mark.launch
+def test_check_prints_a_verdict_and_draws(folder, capsys, monkeypatch):
+    from scalemlo.cli import main
+
+    monkeypatch.chdir(folder)
+    command = ["check", str(folder / "run.yaml"), f"output_dir={folder}/checked", "hypergradient.type=sama"]
+    assert main([*command, "--warm-up", "2"]) == 0
+    out = capsys.readouterr().out
+    words = "Two ways to the same number", "mixed partial by rater", "* SAMA()", "Unrolled()", "Derivatives are right"
+    for word in words:
+        assert word in out, out
+    found = json.loads((folder / "checked/check.json").read_text())
+    assert found["passed"] and len(found["comparisons"]) == 7
+    own = next(c for c in found["comparisons"] if c["is_configured"])
+    assert own["estimator"] == "SAMA()" and -1 <= own["cosine"] <= 1
+    assert (folder / "checked/check.png").stat().st_size > 10_000
+
+
 WRONG = {
     "unknown key": (["train.stepz=3"], "train.stepz: unknown key. Did you mean 'steps'"),
     "wrong type": (["train.steps=many"], "train.steps"),
