@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .distributed import is_main_process
 from .graph import LevelGraph
@@ -58,6 +59,22 @@ class TickGradients:
     def clear(self) -> None:
         """Forget the gradients of the tick before."""
         self._found, self._pulls = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the levels since their first gradients, in plain containers."""
+        return {
+            "reached": {name: sorted(parameters) for name, parameters in self._reached.items()},
+            "probed": sorted(self._probed),
+            "verified": sorted(self._verified),
+            "without_products": dict(self._without_products),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` gave."""
+        self._reached = {name: set(parameters) for name, parameters in state["reached"].items()}
+        self._probed, self._verified = set(state["probed"]), set(state["verified"])
+        self._without_products = dict(state["without_products"])
+        self.clear()
 
     def take(self, name: str) -> Shards:
         """Hand the gradient of a level over to its step."""
@@ -333,7 +350,7 @@ class TickGradients:
         if self._history.solves[key] == 1 and is_main_process():
             residual = "" if result.residual is None else f", relative residual {result.residual:.1e}"
             warnings.warn(
-                f"level {lower.name!r}, outer step {self.outer_step}: {type(lower.estimator).__name__} "
+                f"level {lower.name!r}, outer step {self.outer_step}: {type(lower.estimator).__name__}: "
                 f"{result.status.value} ({result.num_iterations} iterations{residual}). Said once; "
                 "history.solves counts them.",
                 stacklevel=2,

@@ -254,7 +254,7 @@ def test_soba_goes_on_where_it_was():
 
 def test_soba_forgets_what_diverged():
     program = Bilevel(SPREAD).program(SOBA(step_size=1.0, num_steps=4), mlo.Single())
-    with pytest.warns(UserWarning, match="SOBA the residual grew"):
+    with pytest.warns(UserWarning, match="SOBA: the residual grew"):
         program.run(1, progress=False)
     assert "s" not in program.trainers["lower"].memory["upper"]
 
