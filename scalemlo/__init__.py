@@ -1,5 +1,6 @@
 """scalemlo: multilevel optimization of models too large for one device."""
 
+from .checkpoint import Checkpointing
 from .engines import DDP, FSDP, Single
 from .graph import LevelGraph, Lower, Upper
 from .hypergradients import (
@@ -27,6 +28,7 @@ from .tracking import History
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointing",
     "ConjugateGradient",
     "DDP",
     "DerivativeError",

@@ -1,6 +1,7 @@
 """Batches without end: cycled, split over ranks, moved to the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class BatchStream:
             elif world_size() > 1 and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
                 self._data, self._sliced = _rank_loader(data, level), False
         self._iterator: Iterator | None = None
+        self._position = 0  # batches taken in this epoch
+        self._at_start: list[Tensor] = []  # states of the shuffling generators when the epoch began
         self.epoch = -1
         self.num_batches = 0
 
@@ -56,12 +59,11 @@ class BatchStream:
         for _ in range(2):
             if self._iterator is None:
                 self.epoch += 1
-                for sampler in self._samplers:
-                    if hasattr(sampler, "set_epoch"):
-                        sampler.set_epoch(self.epoch)
-                self._iterator = iter(self._data)
+                self._begin_epoch(self._data)
             try:
-                return next(self._iterator)
+                batch = next(self._iterator)  # type: ignore[arg-type]
+                self._position += 1
+                return batch
             except StopIteration:
                 self._iterator = None
         if self.num_batches == 0:
@@ -70,6 +72,82 @@ class BatchStream:
             f"level {self._level!r}: data was exhausted after {self.num_batches} batches and cannot be iterated again. "
             "Give a DataLoader or a list instead of a generator."
         )
+
+    def _begin_epoch(self, data: Iterable) -> None:
+        for sampler in self._samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self.epoch)
+        self._position, self._at_start = 0, [g.get_state() for g in self._generators()]
+        self._iterator = iter(data)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Where shuffling draws from, each once."""
+        found = [getattr(source, "generator", None) for source in (self._data, *self._samplers)]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    # ---- position ------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, in plain containers and tensors.
+
+        It is the epoch, the generators' states when it began, and the number of batches taken since. Where the data
+        keeps a position of its own (``state_dict`` and ``load_state_dict``, as torchdata's ``StatefulDataLoader`` and
+        iterable Hugging Face datasets have), that one too.
+        """
+        return {
+            "epoch": self.epoch,
+            "num_batches": self.num_batches,
+            "position": self._position,
+            "has_begun": self._iterator is not None,
+            "generators": [g.get_state() for g in self._generators()] if self._iterator is None else self._at_start,
+            "data": self._data.state_dict() if _is_stateful(self._data) else None,  # type: ignore[attr-defined]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position.
+
+        Data that keeps a position of its own is told; of a plain ``DataLoader`` over a map-style dataset, with batches,
+        the sampler is run forward and nothing is loaded; anything else is iterated up to the position.
+
+        Args:
+            state: From :meth:`state_dict`, on this or another number of ranks.
+
+        Raises:
+            ValueError: If the shuffling draws from another number of generators.
+        """
+        generators = self._generators()
+        if len(generators) != len(state["generators"]):
+            raise ValueError(
+                f"level {self._level!r}: the position in its data is that of a loader with {len(state['generators'])} "
+                f"generator(s) to shuffle with, this one has {len(generators)}. Give it the data it had."
+            )
+        for generator, kept in zip(generators, state["generators"], strict=True):
+            generator.set_state(kept)
+        self.epoch, self.num_batches = state["epoch"], state["num_batches"]
+        self._iterator, position = None, state["position"]
+        keeps_position = state["data"] is not None and _is_stateful(self._data)
+        if keeps_position:
+            self._data.load_state_dict(state["data"])  # type: ignore[attr-defined]
+        if not state["has_begun"]:
+            return
+        if keeps_position:
+            self._begin_epoch(self._data)
+        elif _has_plain_batches(self._data):
+            self._begin_epoch(_with_batches(self._data, _Skipping(self._data.batch_sampler, position)))  # type: ignore[attr-defined]
+        else:
+            self._begin_epoch(self._data)
+            for _ in islice(self._iterator, position):  # type: ignore[arg-type]
+                pass
+        self._position = position
+
+
+def _has_plain_batches(data: Any) -> bool:
+    """Whether batches are loaded one by one, each for the indices that a batch sampler gives."""
+    is_plain = type(data) is DataLoader and data.batch_sampler is not None
+    return is_plain and not isinstance(data.dataset, IterableDataset)
+
+
+def _is_stateful(data: Any) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 
 def map_tensors(fn, batch: Any) -> Any:
@@ -161,6 +239,16 @@ class _RankBatches:
         return len(self._batches)  # type: ignore[arg-type]
 
 
+class _Skipping:
+    """A batch sampler without its first batches."""
+
+    def __init__(self, batches: Iterable, num_skipped: int):
+        self._batches, self._num_skipped = batches, num_skipped
+
+    def __iter__(self) -> Iterator[list]:
+        return islice(iter(self._batches), self._num_skipped, None)
+
+
 def _rank_loader(loader: DataLoader, level: str) -> DataLoader:
     sampler = loader.batch_sampler
     if isinstance(sampler, BatchSampler):
@@ -168,9 +256,14 @@ def _rank_loader(loader: DataLoader, level: str) -> DataLoader:
         _part(size, level)
         if not sampler.drop_last and total % size:
             _part(total % size, level)  # the last batch of an epoch, found out now instead of after an epoch
+    return _with_batches(loader, _RankBatches(sampler, level))  # type: ignore[arg-type]
+
+
+def _with_batches(loader: DataLoader, batch_sampler: Iterable) -> DataLoader:
+    """The same loader over other batches."""
     return DataLoader(
         loader.dataset,
-        batch_sampler=_RankBatches(sampler, level),  # type: ignore[arg-type]
+        batch_sampler=batch_sampler,  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

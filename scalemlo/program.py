@@ -4,12 +4,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from .binding import bind, describe
+from .checkpoint import Checkpointing, load_checkpoint, save_checkpoint
 from .distributed import any_rank, check_same_on_all_ranks, initialize, is_main_process, rank, world_size
 from .engines import DDP, EngineSpec, ModuleView, Single
 from .gradients import NonFiniteError, SkipTick, TickGradients
@@ -75,36 +77,59 @@ class Program:
         self._stop = False
 
     # ---- running -------------------------------------------------------------------------------------------------
-    def run(self, steps: int, *, callbacks: Sequence[Callback] = (), progress: bool = True) -> History:
+    def run(
+        self,
+        steps: int,
+        *,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+        checkpoint: Checkpointing | None = None,
+        resume: bool | str | Path = False,
+    ) -> History:
         """Train for some outer iterations (steps of the top levels).
 
         Ctrl-C ends the run after the iteration in hand, on all ranks, with ``history.interrupted`` set; a second one
         raises ``KeyboardInterrupt`` at once.
 
         Args:
-            steps: Number of outer iterations.
+            steps: Number of outer iterations; with ``resume``, those before the checkpoint included, so that the same
+                call finishes what an earlier one began.
             callbacks: Called after each.
             progress: Whether rank 0 shows a progress bar with a loss per level.
+            checkpoint: When and where to write checkpoints; see :meth:`save` for what they hold.
+            resume: True goes on from the latest complete checkpoint in the folder of ``checkpoint``; a path, from the
+                one there.
 
         Returns:
             The record of all iterations so far.
 
         Raises:
-            ValueError: If ``steps`` is not a positive integer.
+            ValueError: If ``steps`` is not a positive integer, there is nothing to resume from, or the folder holds
+                checkpoints of another run.
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
+        if resume is True and checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=Checkpointing(folder), or give a path: resume='runs/a'.")
+        if resume is not False:
+            self.load(checkpoint.folder if resume is True else resume)  # type: ignore[union-attr]
+            steps -= self.num_steps
+        if checkpoint is not None:
+            checkpoint.check_folder(self.num_steps)
         self._stop = self.history.interrupted = False
-        bar = tqdm(total=steps, disable=not (progress and is_main_process()), unit="step")
+        bar = tqdm(total=max(steps, 0), disable=not (progress and is_main_process()), unit="step")
         with bar, self._stop_on_interrupt():
-            for _ in range(steps):
+            for i in range(steps):
                 record = self.step()
                 bar.set_postfix({n: f"{record[f'loss/{n}']:.4g}" for n in self.graph.order if f"loss/{n}" in record})
                 bar.update()
                 for callback in callbacks:
                     callback(self, record)
-                if any_rank(self._stop):
-                    self.history.interrupted = True
+                self.history.interrupted = any_rank(self._stop)
+                is_last = self.history.interrupted or i == steps - 1
+                if checkpoint is not None and (is_last or self.num_steps % checkpoint.every == 0):
+                    save_checkpoint(self, checkpoint.folder, checkpoint.save_total_limit)
+                if is_last:
                     break
         return self.history
 
@@ -200,6 +225,37 @@ class Program:
             trainable_only: Whether to leave frozen parameters and buffers out.
         """
         return self.trainers[level].engine.full_state_dict(trainable_only=trainable_only)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint: ``folder/step-000123``, complete or not there. Collective, between outer iterations.
+
+        Holds per level weights, optimizer state by parameter name, optimizer options, scheduler, loss scaler and the
+        estimator's memory; of the program steps, history and generator; of every rank random states, positions in the
+        data and persistent buffers. Frozen parameters are not in it: they come from the model itself, and only their
+        names, shapes and dtypes are compared when it is loaded. Each rank writes its own shards.
+
+        Args:
+            folder: Of this run's checkpoints, on a file system that all ranks share; created if needed.
+
+        Returns:
+            The folder of this one.
+        """
+        return save_checkpoint(self, folder)
+
+    def load(self, folder: str | Path) -> Path:
+        """Go on from a checkpoint. Collective.
+
+        With the world size and engines of the run that wrote it, what follows is bit for bit what followed there.
+        Others are fine too: the state is the same, sums are rounded in another order; on another world size the random
+        states are not restored, and a warning says so.
+
+        Args:
+            folder: One checkpoint, or a run's folder: then the latest complete one in it.
+
+        Returns:
+            The checkpoint that was read.
+        """
+        return load_checkpoint(self, folder)
 
     # ---- one tick ------------------------------------------------------------------------------------------------
     def _tick(self, tick: int) -> None:
