@@ -88,8 +88,8 @@ class Program:
     ) -> History:
         """Train for some outer iterations (steps of the top levels).
 
-        Ctrl-C ends the run after the iteration in hand, on all ranks, with ``history.interrupted`` set; a second one
-        raises ``KeyboardInterrupt`` at once.
+        Ctrl-C, or the SIGTERM of a scheduler that takes the machine back, ends the run after the iteration in hand, on
+        all ranks, with ``history.interrupted`` set; a second one raises ``KeyboardInterrupt`` at once.
 
         Args:
             steps: Number of outer iterations; with ``resume``, those before the checkpoint included, so that the same
@@ -302,8 +302,9 @@ class Program:
                 raise KeyboardInterrupt
             self._stop = True
 
-        previous = signal.signal(signal.SIGINT, handler)
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, before in previous.items():
+                signal.signal(number, before)

@@ -225,10 +225,11 @@ def test_state_of_another_shape_than_the_parameter(tmp_path):
     assert differences(everything(programs[0]), everything(programs[1])) == []
 
 
-def test_interrupt_saves(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves(tmp_path, number):
     def interrupt(program, record):
         if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     program = build()
     history = program.run(9, callbacks=[interrupt], progress=False, checkpoint=mlo.Checkpointing(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,23 @@ def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
     assert "not run" in stdout and "reweighted" in stdout, stderr
     assert len(pd.read_csv(out / "weights.csv")) == 48
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out / "reweighted")
+
+
+@pytest.mark.launch
+def test_a_run_goes_on_from_its_checkpoint(folder):
+    """Bit for bit the run that was not interrupted; its last checkpoint is taken away to make it one that was."""
+    whole, resumed = folder / "whole", folder / "resumed"
+    options = ["train.save_every=2", "train.save_total_limit=9"]
+    for out in (whole, resumed):
+        done = scalemlo(folder, f"output_dir={out}", *options)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(resumed / "checkpoints/step-000004")
+    done = scalemlo(folder, f"output_dir={resumed}", *options, "train.resume=true")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert np.array_equal(trajectory(resumed), trajectory(whole))
+    again = scalemlo(folder, f"output_dir={folder}/nothing", "train.resume=true")
+    assert again.returncode == 2 and "there is no checkpoint" in again.stderr
 
 
 @pytest.mark.launch

@@ -90,6 +90,13 @@ class TrainConfig:
         max_grad_norm: Clipping of the fine-tune's gradient, or null.
         eval_every: Outer steps between two evaluations on the held-out examples; 0 for the end only.
         eval_batch_size: Held-out examples per batch, over all processes.
+        save_every: Outer steps between two checkpoints of the reweighted run, in ``checkpoints/`` of the output folder;
+            one more at its end and at Ctrl-C. 0 writes none.
+        save_total_limit: How many of them to keep.
+        resume: Whether to go on from the latest one.
+
+    Raises:
+        ValueError: If ``save_every`` is negative.
     """
 
     __pydantic_config__ = cfg.STRICT
@@ -101,6 +108,13 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     eval_every: int = 0
     eval_batch_size: int = 16
+    save_every: int = 0
+    save_total_limit: int = 2
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.save_every < 0:
+            raise ValueError(f"save_every={self.save_every} must not be negative; 0 writes no checkpoints")
 
 
 @dataclass(kw_only=True)
@@ -324,7 +338,13 @@ def run(config: ReweightInstructionsConfig) -> bool:
     pretrained = heldout_loss(program, data, train.eval_batch_size)
     first_losses = losses_of(program, data.train, data, train.eval_batch_size).cpu().numpy()
     curves = {"reweighted": [(0, pretrained)], "plain": [(0, pretrained)]}
-    histories = {"reweighted": program.run(train.steps, callbacks=[_evaluator(config, data, curves["reweighted"])])}
+    checkpoints = folder / "checkpoints"
+    saving = None
+    if train.save_every:
+        saving = mlo.Checkpointing(checkpoints, train.save_every, train.save_total_limit)
+    evaluate = _evaluator(config, data, curves["reweighted"])
+    resume = checkpoints if train.resume else False
+    histories = {"reweighted": program.run(train.steps, callbacks=[evaluate], checkpoint=saving, resume=resume)}
     save_pretrained(program, "finetune", folder / "reweighted", tokenizer)
     weights = torch.sigmoid(program.state_dict("rater").get("logits", torch.zeros(0))).numpy()
     if is_main_process():
