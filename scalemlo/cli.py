@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -62,6 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "check":
         return _with_recipe(options.config, options.overrides, partial(_check, warm_up=options.warm_up))
     return _with_recipe(options.config, options.overrides, _train)
+
+
+def run() -> NoReturn:
+    """The command as a process: :func:`main`, and then the end of it.
+
+    A rank of several leaves without running the destructors of C++ libraries: gloo's threads are sometimes still there
+    when theirs run, and abort a process that has done all it had to ("terminate called without an active exception").
+    """
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _train(recipe: "Recipe", run_config: "RunConfig") -> int:

@@ -321,7 +321,7 @@ def test_inexact_estimates_do_not_depend_on_the_engine():
 
 def test_history_records_solves_and_a_bad_one_warns_once():
     program = Bilevel(SPREAD).program(ConjugateGradient(max_steps=2, tolerance=1e-9), mlo.Single())
-    with pytest.warns(UserWarning, match="level 'lower'.*ConjugateGradient stopped at its limit of steps") as caught:
+    with pytest.warns(UserWarning, match="level 'lower'.*ConjugateGradient: stopped at its limit of steps") as caught:
         history = program.run(3, progress=False)
     assert len(caught) == 1
     assert history.solves == {"lower/max_steps": 3}
