@@ -69,6 +69,9 @@ def run() -> NoReturn:
 
     A rank of several leaves without running the destructors of C++ libraries: gloo's threads are sometimes still there
     when theirs run, and abort a process that has done all it had to ("terminate called without an active exception").
+
+    Raises:
+        SystemExit: With the status, where this is the only process.
     """
     status = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
