@@ -1,7 +1,7 @@
 """scalemlo: multilevel optimization of models too large for one device."""
 
 from .checkpoint import Checkpointing
-from .engines import DDP, FSDP, Single
+from .engines import DDP, FSDP, DeepSpeed, Single
 from .graph import LevelGraph, Lower, Upper
 from .hypergradients import (
     SAMA,
@@ -31,6 +31,7 @@ __all__ = [
     "Checkpointing",
     "ConjugateGradient",
     "DDP",
+    "DeepSpeed",
     "DerivativeError",
     "FSDP",
     "ForwardGradient",

@@ -41,7 +41,7 @@ class EngineConfig:
     """
 
     __pydantic_config__ = STRICT
-    type: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    type: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def build(self, num_processes: int) -> EngineSpec:

@@ -1,0 +1,306 @@
+"""Every private attribute of DeepSpeed that scalemlo reads or sets; ``tests/test_deepspeed_contract.py`` checks them.
+
+DeepSpeed partitions, gathers and reduces; it never steps. Its own step would need its own optimizer, while a level's
+optimizer is the user's. So DeepSpeed is given an SGD that never runs, and its fp32 master shards are lent to the real
+optimizer: :class:`Partition` says where they lie, takes the reduced gradients out, and publishes changed masters to the
+weights that the module computes with.
+"""
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import any_rank, rank, world_size
+
+
+def initialize(module: nn.Module, config: Mapping[str, Any], device: torch.device, level: str) -> "Partition":
+    """Hand a module to DeepSpeed. Collective; there must be a process group.
+
+    Args:
+        module: Partitioned in place.
+        config: DeepSpeed's configuration.
+        device: Of this rank.
+        level: Name for messages.
+
+    Returns:
+        The partitioned module.
+
+    Raises:
+        ValueError: If DeepSpeed is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, at the first import
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"level {level!r}: engine DeepSpeed needs the package deepspeed. Install it with "
+            "`pip install 'scalemlo[deepspeed]'`, or use engine=FSDP()."
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, and a kill leaves a lock
+    stage = config["zero_optimization"]["stage"]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    # Stages 1 and 2 flatten and split whole groups: with a group per parameter every rank has a part of each of them.
+    groups = [{"params": trainable}] if stage == 3 else [{"params": [p]} for p in trainable]
+    with _launcher_variables():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=torch.optim.SGD(groups, lr=0.0), config=dict(config), dist_init_required=False
+        )
+    return (Stage3 if stage == 3 else Stages1And2)(engine, trainable)
+
+
+@contextmanager
+def _launcher_variables() -> Iterator[None]:
+    """Under plain ``python`` DeepSpeed would look for MPI."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # read in every backward pass
+    wanted = {"RANK": rank(), "WORLD_SIZE": world_size(), "MASTER_ADDR": "127.0.0.1"}
+    missing = {key: str(value) for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for key in missing:
+            os.environ.pop(key, None)
+
+
+class Partition(ABC):
+    """A module that DeepSpeed partitioned, seen parameter by parameter.
+
+    Args:
+        engine: Of DeepSpeed.
+        trainable: The trainable parameters of the module, which stay the same objects.
+    """
+
+    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
+        self._engine, self._optimizer = engine, engine.optimizer
+        self._trainable = trainable
+        self.reached: set[nn.Parameter] = set()
+        """Trainable parameters with a gradient since the last :meth:`clear`."""
+        for p in trainable:
+            p.register_post_accumulate_grad_hook(self.reached.add)
+
+    @property
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """Flat fp32 master shards as DeepSpeed holds them."""
+
+    @abstractmethod
+    def local(self, p: nn.Parameter) -> Tensor:
+        """This rank's part of a parameter, flat: a view of the master, or of the weights if it is frozen."""
+
+    @abstractmethod
+    def shape(self, p: nn.Parameter) -> torch.Size:
+        """The shape of the whole parameter."""
+
+    @abstractmethod
+    def flat_numel(self, p: nn.Parameter) -> int:
+        """Entries of the whole parameter that the ranks' parts of a trainable one make up, padding included."""
+
+    @abstractmethod
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Parts of the reduced gradients (mean over ranks) of the reached parameters, alive until :meth:`clear`."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Copy the masters to the weights that the module computes with, where they differ. Collective.
+
+        Masters are compared, not watched: optimizers and checkpoints write through aliases that count no versions.
+        """
+
+    @abstractmethod
+    def _reduce(self, *, last: bool) -> None:
+        """Reduce what the backward just finished has left."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all gradients."""
+
+    @contextmanager
+    def backward_pass(self, *, last: bool) -> Iterator[None]:
+        """Context of forward and backward: DeepSpeed's hooks collect, and what is left is reduced at the end.
+
+        Args:
+            last: Whether this ends an accumulation window.
+        """
+        optimizer = self._optimizer
+        optimizer.clear_backward_seen_flag()
+        optimizer.set_gradient_accumulation_boundary(last)
+        # Its hooks would end the pass by themselves, after the first of several backwards; we end it below.
+        self._engine._running_engine_backward = True
+        try:
+            yield
+            self._reduce(last=last)
+            optimizer.backward_epilogue()
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self._engine._running_engine_backward = False
+
+    def repartition(self) -> None:
+        """Free gathered weights."""
+        return None
+
+
+class Stage3(Partition):
+    """Weights, gradients and masters in pieces: of each parameter every rank holds 1/W of the flattened entries.
+
+    Parameters are ``Any`` where attributes that DeepSpeed gives them are read.
+    """
+
+    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
+        self._places: dict[nn.Parameter, tuple[int, int, int]] = {}  # parameter -> (sub-group, position, offset)
+        for i, group in enumerate(engine.optimizer.fp16_groups):
+            offset = 0
+            for j, p in enumerate(group):
+                self._places[p] = (i, j, offset)
+                offset += p.partition_numel()
+        super().__init__(engine, trainable)
+        self.clear()
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """See :attr:`Partition.masters`; one per sub-group."""
+        return self._optimizer.fp32_partitioned_groups_flat
+
+    def local(self, p: Any) -> Tensor:
+        """See :meth:`Partition.local`; without the padding of the last ranks."""
+        if p not in self._places:
+            return p.ds_tensor.detach()[: self._rows(p)]
+        i, _, offset = self._places[p]
+        return self.masters[i].detach().narrow(0, offset, self._rows(p))
+
+    def shape(self, p: Any) -> torch.Size:
+        """See :meth:`Partition.shape`."""
+        return torch.Size(p.ds_shape)
+
+    def flat_numel(self, p: Any) -> int:
+        """See :meth:`Partition.flat_numel`; no padding."""
+        return p.ds_numel
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """See :meth:`Partition.gradients`."""
+        found = {}
+        for p in self.reached:
+            i, j, _ = self._places[p]
+            found[p] = self._optimizer.averaged_gradients[i][j].view(-1)[: self._rows(p)]
+        return found
+
+    def repartition(self) -> None:
+        """See :meth:`Partition.repartition`."""
+        self._optimizer._partition_all_parameters()
+
+    def clear(self) -> None:
+        """See :meth:`Partition.clear`."""
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        self._drop_buckets()
+        # DeepSpeed's first micro-batch overwrites the buffer and later ones add to it; a parameter that the first one
+        # does not reach would be added to the last step's gradient. So all of them add, to zero.
+        optimizer.grad_partitions_flat_buffer.zero_()
+        optimizer.micro_step_id = 1
+        self.reached.clear()
+
+    def _drop_buckets(self) -> None:
+        for bucket in self._optimizer.ipg_buckets.values():  # of a pass that failed half way
+            bucket.params.clear()
+            bucket.elements, bucket.process_group = 0, None
+
+    def _reduce(self, *, last: bool) -> None:
+        self._optimizer.overlapping_partition_gradients_reduce_epilogue()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """See :meth:`Partition.publish`."""
+        optimizer = self._optimizer
+        self.repartition()
+        for i, master in enumerate(self.masters):
+            optimizer.fp16_partitioned_groups_flat[i].data.copy_(master)
+            optimizer._unflatten_partitioned_parameters(i)
+        optimizer.invalidate_secondary_tensor()
+
+    def _rows(self, p: Any) -> int:
+        chunk = p.partition_numel()
+        return max(0, min(chunk, p.ds_numel - chunk * rank()))
+
+
+class Stages1And2(Partition):
+    """Whole weights on every rank, masters (and gradients, from stage 2) in pieces."""
+
+    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
+        self._groups = {group[0]: i for i, group in enumerate(engine.optimizer.bit16_groups)}
+        super().__init__(engine, trainable)
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """See :attr:`Partition.masters`; one per parameter."""
+        return self._optimizer.single_partition_of_fp32_groups
+
+    def local(self, p: nn.Parameter) -> Tensor:
+        """See :meth:`Partition.local`; with the padding of the last ranks."""
+        if p in self._groups:
+            return self.masters[self._groups[p]].detach()
+        chunk = -(-p.numel() // world_size())
+        return p.detach().view(-1)[chunk * rank() : chunk * (rank() + 1)]
+
+    def shape(self, p: nn.Parameter) -> torch.Size:
+        """See :meth:`Partition.shape`."""
+        return p.shape
+
+    def flat_numel(self, p: nn.Parameter) -> int:
+        """See :meth:`Partition.flat_numel`."""
+        return self.local(p).numel() * world_size() if p in self._groups else p.numel()
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """See :meth:`Partition.gradients`."""
+        found = {}
+        for p in self.reached:
+            i = self._groups[p]
+            parts = self._optimizer.averaged_gradients[i]
+            part = torch.cat([t.reshape(-1) for t in parts])
+            found[p] = nn.functional.pad(part, (0, self.masters[i].numel() - part.numel()))
+        return found
+
+    def clear(self) -> None:
+        """See :meth:`Partition.clear`."""
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for key in list(held):
+                held[key] = None
+        self.reached.clear()
+
+    def _reduce(self, *, last: bool) -> None:
+        self._optimizer.setup_buckets()  # they are not there where no parameter was reached
+        if self._engine.zero_optimization_partition_gradients():
+            self._optimizer.overlapping_partition_gradients_reduce_epilogue()
+        elif last:
+            self._optimizer.reduce_gradients()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """See :meth:`Partition.publish`."""
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self._optimizer
+        mine = [parts[rank()] for parts in optimizer.parallel_partitioned_bit16_groups]
+        pairs = list(zip(mine, self.masters, strict=True))
+        if not any_rank(any(not torch.equal(weights, master.to(weights.dtype)) for weights, master in pairs)):
+            return
+        for weights, master in pairs:
+            weights.data.copy_(master)
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
