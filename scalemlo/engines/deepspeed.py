@@ -1,7 +1,6 @@
 """ZeRO: DeepSpeed partitions, gathers and reduces; the level's own optimizer steps the fp32 master shards."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,16 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_map
 
 from ..distributed import ensure_group, is_main_process, rank, world_size
 from ._deepspeed_internals import initialize
 from .base import Engine, EngineSpec, _frozen
 from .gather import RowSharding, gather_rows
+from .sharded import ShardedEngine, cast
 from .units import find_units
 
 TUNABLE = frozenset(
@@ -146,12 +143,11 @@ class DeepSpeed(EngineSpec):
         return DeepSpeedEngine(module, self, name=name, device=device)
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(ShardedEngine):
     """See :class:`DeepSpeed`."""
 
     def __init__(self, module: nn.Module, spec: DeepSpeed, *, name: str, device: torch.device):
         super().__init__(module, spec, name=name, device=device, units=find_units(module, None, name))
-        self._mesh = init_device_mesh(device.type, (world_size(),))
         self._partition = initialize(self.module, spec.full_config(dict(spec.config)), device, name)
         self._live = dict(self.module.named_parameters())
         self._shapes = {n: self._partition.shape(p) for n, p in self._live.items()}
@@ -164,23 +160,13 @@ class DeepSpeedEngine(Engine):
         }
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The group all parameters are split over."""
-        return self._mesh.get_group()
-
-    @property
-    def mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh of that group."""
-        return self._mesh
-
-    @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Flat DTensors over DeepSpeed's fp32 master shards."""
         return self._parameters
 
     def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
         """Call the module as DeepSpeed's hooks want it, also where the method is not ``forward``."""
-        args, kwargs = self._cast_inputs(args, kwargs)
+        args, kwargs = cast((args, kwargs), self.spec.compute_dtype)
         if method == "forward":
             return self.module(*args, **kwargs)
         bound = getattr(self.module, method)
@@ -194,10 +180,6 @@ class DeepSpeedEngine(Engine):
             return self.module(*args, **kwargs)
         finally:
             self.module.__dict__.pop("forward", None)
-
-    def call_skeleton(self, method: str, args: tuple, kwargs: dict) -> Any:
-        """Run the skeleton; float inputs are cast as for the live module."""
-        return self.skeleton.call(method, *self._cast_inputs(args, kwargs))
 
     @contextmanager
     def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:
@@ -227,18 +209,8 @@ class DeepSpeedEngine(Engine):
 
     def gather(self, shards: Mapping[str, Tensor], *, tangents_only: bool = False) -> dict[str, Tensor]:
         """One all-gather per dtype; see :meth:`Engine.gather`."""
-        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
-        for name, shard in shards.items():
-            by_dtype[shard.dtype][name] = shard
-        full = {}
-        for dtype, group in by_dtype.items():
-            compute_dtype = self.spec.compute_dtype or dtype
-            full |= gather_rows(group, self._layout, self.group, compute_dtype, tangents_only=tangents_only)
+        full = super().gather(shards, tangents_only=tangents_only)
         return {n: t[: self._shapes[n].numel()].view(self._shapes[n]) for n, t in full.items()}
-
-    def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adjoint of the gather has summed over ranks already; divide."""
-        return {name: grad / world_size() for name, grad in gradients.items()}
 
     def take_gradients(self, names: Sequence[str]) -> dict[str, Tensor | None]:
         """See :meth:`Engine.take_gradients`."""
@@ -267,20 +239,10 @@ class DeepSpeedEngine(Engine):
             state |= {n: b.detach().cpu().clone() for n, b in self.module.named_buffers() if n in kept}
         return state
 
-    def to_local(self, t: Tensor) -> Tensor:
-        """See :meth:`Engine.to_local`."""
-        return t.to_local() if isinstance(t, DTensor) else t
-
     def from_local(self, name: str, t: Tensor) -> Tensor:
         """See :meth:`Engine.from_local`."""
         shape = self._layout[name].shape
         return DTensor.from_local(t, self._mesh, [Shard(0)], shape=shape, stride=(1,), run_check=False)
-
-    def _cast_inputs(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        dtype = self.spec.compute_dtype
-        if dtype is None:
-            return args, kwargs
-        return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
 
 
 def _read(config: Any) -> Mapping[str, Any]:

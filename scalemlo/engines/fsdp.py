@@ -1,6 +1,5 @@
 """Parameters, gradients and optimizer states split over ranks by FSDP2 (``fully_shard``)."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from ..distributed import ensure_group, rank, world_size
-from .base import Engine, EngineSpec
-from .gather import RowSharding, gather_rows
+from .base import EngineSpec
+from .gather import RowSharding
+from .sharded import ShardedEngine, cast
 from .units import find_units
 
 
@@ -56,13 +54,12 @@ class FSDP(EngineSpec):
         return FSDPEngine(module, self, name=name, device=device)
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(ShardedEngine):
     """See :class:`FSDP`."""
 
     def __init__(self, module: nn.Module, spec: FSDP, *, name: str, device: torch.device):
         units = find_units(module, spec.units, name)
         super().__init__(module, spec, name=name, device=device, units=units)
-        self._mesh = init_device_mesh(device.type, (world_size(),))
         _broadcast_from_first_rank(self.module)
         self._layout = {n: RowSharding(p.shape, world_size()) for n, p in self.module.named_parameters()}
         policy = MixedPrecisionPolicy()
@@ -82,16 +79,6 @@ class FSDPEngine(Engine):
         self._methods = {"forward"}
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The group all parameters are split over."""
-        return self._mesh.get_group()
-
-    @property
-    def mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh of that group."""
-        return self._mesh
-
-    @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """DTensor parameters."""
         return self._parameters
@@ -102,12 +89,6 @@ class FSDPEngine(Engine):
             register_fsdp_forward_method(self.module, method)
             self._methods.add(method)
         return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
-
-    def call_skeleton(self, method: str, args: tuple, kwargs: dict) -> Any:
-        """Run the skeleton; float inputs are cast as FSDP2 casts them."""
-        dtype = self.spec.compute_dtype
-        args, kwargs = (_cast((args, kwargs), dtype)) if dtype else (args, kwargs)
-        return self.skeleton.call(method, args, kwargs)
 
     @contextmanager
     def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:
@@ -128,21 +109,6 @@ class FSDPEngine(Engine):
         """Rows of this rank."""
         return {name: t[self._layout[name].local_rows(rank())].clone() for name, t in full.items()}
 
-    def gather(self, shards: Mapping[str, Tensor], *, tangents_only: bool = False) -> dict[str, Tensor]:
-        """One all-gather per dtype; see :meth:`Engine.gather`."""
-        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
-        for name, shard in shards.items():
-            by_dtype[shard.dtype][name] = shard
-        full = {}
-        for dtype, group in by_dtype.items():
-            compute_dtype = self.spec.compute_dtype or dtype
-            full |= gather_rows(group, self._layout, self.group, compute_dtype, tangents_only=tangents_only)
-        return full
-
-    def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adjoint of the gather has summed over ranks already; divide."""
-        return {name: grad / world_size() for name, grad in gradients.items()}
-
     def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """See :meth:`Engine.full_state_dict`; gathered parameter by parameter."""
         self._reshard()
@@ -158,25 +124,17 @@ class FSDPEngine(Engine):
             if hasattr(m, "reshard"):  # a root that stayed gathered would hide the next change of its shards
                 m.reshard()
 
-    def to_local(self, t: Tensor) -> Tensor:
-        """See :meth:`Engine.to_local`."""
-        return t.to_local() if isinstance(t, DTensor) else t
-
     def from_local(self, name: str, t: Tensor) -> Tensor:
         """See :meth:`Engine.from_local`."""
         p = self._parameters[name]
         return DTensor.from_local(t, self._mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)
 
 
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
-
-
 def _cast_inputs(module: nn.Module, dtype: torch.dtype) -> None:
     forward = module.forward
 
     def forward_in_compute_dtype(*args, **kwargs):
-        args, kwargs = _cast((args, kwargs), dtype)
+        args, kwargs = cast((args, kwargs), dtype)
         return forward(*args, **kwargs)
 
     module.forward = forward_in_compute_dtype  # type: ignore[method-assign]
