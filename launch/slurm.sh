@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh run.yaml [key=value ...]      (not run on a GPU)
+# sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh run.yaml [key=value ...]      (not run on GPUs, nor under SLURM)
 #
-# Result: one launcher per machine, each with one process per GPU; the log of rank 0 in scalemlo-JOBID.out.
+# Result: one launcher per machine, each with one process per GPU; the log of all ranks in scalemlo-JOBID.out.
+# LAUNCH names the configuration in launch/ and so the engine: LAUNCH=zero3 sbatch ...; ddp, if it is not set.
 # Submit from the repository root, with the environment that has scalemlo in .venv or in VENV.
 #SBATCH --job-name=scalemlo
 #SBATCH --ntasks-per-node=1
@@ -10,7 +11,13 @@
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
-    echo "usage: sbatch [options] launch/slurm.sh RUN.yaml [key=value ...]" >&2
+    echo "usage: [LAUNCH=NAME] sbatch [options] launch/slurm.sh RUN.yaml [key=value ...]" >&2
+    exit 2
+fi
+
+export CONFIG=launch/${LAUNCH:-ddp}.yaml
+if [[ ! -f $CONFIG ]]; then
+    echo "launch/slurm.sh: LAUNCH=${LAUNCH:-ddp}: there is no $CONFIG" >&2
     exit 2
 fi
 
@@ -28,8 +35,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 # SLURM_NODEID is known only inside srun, hence the quotes.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c '
-    if [[ $NODES -gt 1 ]]; then config=launch/multi_node.yaml; else config=launch/gpu_8.yaml; fi
-    exec "$VENV/bin/accelerate" launch --config_file "$config" \
+    exec "$VENV/bin/accelerate" launch --config_file "$CONFIG" \
         --num_machines "$NODES" --num_processes "$((NODES * GPUS_PER_NODE))" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
         -m scalemlo train "$@"

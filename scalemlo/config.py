@@ -2,11 +2,13 @@
 
 ``load`` reads a YAML file whose first key ``recipe`` names the recipe, merges ``key=value`` overrides (dotted keys
 reach into sections), and validates the whole against the recipe's config dataclass: unknown keys, wrong types and
-values out of range are errors that name the key.
+values out of range are errors that name the key. ``engine`` and ``hypergradient`` have a ``type``, and the keys of what
+it names; the launcher that started this process has a say in the engine, see :mod:`scalemlo.launched`.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Discriminator, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from yaml import YAMLError
 
-from .engines import ENGINES, EngineSpec
-from .hypergradients import ESTIMATORS, Hypergradient
+from . import launched
+from .distributed import world_size
+from .engines import DDP, ENGINE_SHORTHANDS, ENGINES, EngineSpec, Single
+from .engines.base import DType
+from .hypergradients import ESTIMATORS
 
 STRICT = {"extra": "forbid"}
 """Put it into a config dataclass as ``__pydantic_config__``: unknown keys are errors."""
@@ -29,25 +34,6 @@ STRICT = {"extra": "forbid"}
 
 class ConfigError(ValueError):
     """A configuration is wrong; the message lists every problem with its key."""
-
-
-@dataclass(kw_only=True)
-class EngineConfig:
-    """How modules are held.
-
-    Args:
-        type: ``auto`` is ``single`` in one process and ``ddp`` in several.
-        dtype: Precision of forward and backward.
-    """
-
-    __pydantic_config__ = STRICT
-    type: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-    def build(self, num_processes: int) -> EngineSpec:
-        """The engine for a number of processes."""
-        name = self.type if self.type != "auto" else ("single" if num_processes == 1 else "ddp")
-        return ENGINES[name](dtype=self.dtype)
 
 
 @dataclass(kw_only=True)
@@ -97,31 +83,63 @@ class OptimizerConfig:
         )
 
 
-def _estimator_config(name: str, estimator: type[Hypergradient]) -> type:
-    """A config dataclass with the fields of an estimator, and ``type``, its name; ``build`` makes the estimator."""
-    types = get_type_hints(estimator)
-    names = [f.name for f in dataclasses.fields(estimator)]
+def _config_of(name: str, cls: Any) -> type:
+    """A config dataclass with the fields of another one, and ``type``, its name; ``build`` makes the other."""
+    types = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
 
-    def build(self: Any) -> Hypergradient:
-        return estimator(**{n: getattr(self, n) for n in names})
+    def build(self: Any) -> Any:
+        return cls(**{n: getattr(self, n) for n in names})
+
+    def check(self: Any) -> None:
+        """Build once at the start: a value out of range is an error of the configuration."""
+        built = build(self)
+        # What was read from a file that a value names (DeepSpeed's) is kept, so that a saved run replays without it.
+        vars(self).update({n: getattr(built, n) for n in names})
 
     return make_dataclass(
-        estimator.__name__ + "Config",
+        cls.__name__ + "Config",
         [
             ("type", Literal[name], field(default=name)),  # type: ignore[valid-type]
-            *((f.name, types[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(estimator)),
+            *((f.name, types[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(cls)),
         ],
         kw_only=True,
-        # Built once at the start, so that a value out of range is an error of the configuration.
-        namespace={"__pydantic_config__": STRICT, "__doc__": estimator.__doc__, "build": build, "__post_init__": build},
+        namespace={"__pydantic_config__": STRICT, "__doc__": cls.__doc__, "build": build, "__post_init__": check},
     )
 
 
-ESTIMATOR_CONFIGS = {name: _estimator_config(name, estimator) for name, estimator in ESTIMATORS.items()}
+@dataclass(kw_only=True)
+class AutoConfig:
+    """The launcher's engine; where it names none, ``single`` in one process and ``ddp`` in several.
+
+    Args:
+        type: ``auto``.
+        dtype: Precision of forward and backward.
+    """
+
+    __pydantic_config__ = STRICT
+    type: Literal["auto"] = "auto"
+    dtype: DType = "fp32"
+
+    def build(self) -> EngineSpec:
+        """The engine for the number of processes that run."""
+        return (Single if world_size() == 1 else DDP)(dtype=self.dtype)
+
+
+ENGINE_CONFIGS = {"auto": AutoConfig} | {name: _config_of(name, engine) for name, engine in ENGINES.items()}
+"""Config dataclass by engine: ``type`` and the engine's own fields."""
+
+EngineConfig = Annotated[Union[tuple(ENGINE_CONFIGS.values())], Discriminator("type")]  # noqa: UP007
+"""How modules are held; ``type`` says which of :data:`ENGINE_CONFIGS`."""
+
+ESTIMATOR_CONFIGS = {name: _config_of(name, estimator) for name, estimator in ESTIMATORS.items()}
 """Config dataclass by estimator: ``type`` and the estimator's own fields."""
 
 HypergradientConfig = Annotated[Union[tuple(ESTIMATOR_CONFIGS.values())], Discriminator("type")]  # noqa: UP007
 """How upper levels differentiate through a lower one; ``type`` says which of :data:`ESTIMATOR_CONFIGS`."""
+
+UNIONS = {"engine": ENGINE_CONFIGS, "hypergradient": ESTIMATOR_CONFIGS}
+"""Config dataclasses by ``type``, by the key of the section."""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +151,7 @@ class RunConfig:
         output_dir: Where the run writes.
         seed: Seeds data, initialisation, shuffling and dropout.
         num_processes: If set, the run refuses to start with another number of processes.
-        engine: How modules are held.
+        engine: How modules are held: a name, or ``type`` and the options of that engine.
         nonfinite: ``raise`` or ``skip`` when a value is NaN or infinite.
     """
 
@@ -142,7 +160,7 @@ class RunConfig:
     output_dir: str
     seed: int = 0
     num_processes: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=AutoConfig)  # type: ignore[valid-type]
     nonfinite: Literal["raise", "skip"] = "raise"
 
 
@@ -151,7 +169,8 @@ def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[Run
 
     Args:
         path: YAML file.
-        overrides: ``key=value`` each; ``engine=fsdp`` is short for ``engine.type=fsdp``.
+        overrides: ``key=value`` each. ``engine=NAME`` puts another engine in the place of the file's, and keeps its
+            ``dtype``; it also takes :data:`ENGINE_SHORTHANDS`.
         recipes: Config dataclass by recipe name.
 
     Returns:
@@ -166,21 +185,25 @@ def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[Run
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such configuration file.")
     try:
-        expanded = [o.replace("engine=", "engine.type=", 1) if o.startswith("engine=") else o for o in overrides]
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(expanded))
-        raw: Any = OmegaConf.to_container(merged, resolve=True)
+        raw: Any = _merge(path, overrides)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
     name = raw.get("recipe") if isinstance(raw, dict) else None
     if name not in recipes:
         raise ConfigError(f"{path}: recipe={name!r} is unknown; recipes are {sorted(recipes)}.")
-    if isinstance(raw.get("engine"), str):
-        raw["engine"] = {"type": raw["engine"]}
+    problems = []
+    engine = raw.pop("engine", None)
     try:
-        return TypeAdapter(recipes[name]).validate_python(raw)
+        raw["engine"] = _settle_engine(engine, path, overrides)
+    except ValueError as error:
+        problems.append(f"engine: {error}")
+    try:
+        config = TypeAdapter(recipes[name]).validate_python(raw)
     except ValidationError as error:
-        problems = [_explain(problem, recipes[name]) for problem in error.errors()]
-        raise ConfigError(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)) from None
+        problems += [_explain(problem, recipes[name]) for problem in error.errors()]
+    if problems:
+        raise ConfigError(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    return config
 
 
 def save(config: RunConfig, path: str | Path) -> None:
@@ -189,22 +212,52 @@ def save(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
+def _merge(path: str | Path, overrides: Sequence[str]) -> Any:
+    file = OmegaConf.load(path)
+    if isinstance(file, DictConfig) and isinstance(file.get("engine"), str):
+        file.engine = {"type": file.engine}
+    named = [o for o in overrides if re.fullmatch(r"engine=\w+", o)]
+    if named and isinstance(file, DictConfig) and isinstance(file.get("engine"), DictConfig):
+        file.engine = {k: v for k, v in file.engine.items() if k == "dtype"}
+    dotted = [o.replace("engine=", "engine.type=", 1) if o in named else o for o in overrides]
+    return OmegaConf.to_container(OmegaConf.merge(file, OmegaConf.from_dotlist(dotted)), resolve=True)
+
+
+def _settle_engine(given: Any, path: str | Path, overrides: Sequence[str]) -> Any:
+    """The section with its shorthand written out and with what the launcher asks for."""
+    if not isinstance(given, dict | None):
+        return given
+    section = {"type": "auto"} | (given or {})
+    known = [*ENGINE_CONFIGS, *ENGINE_SHORTHANDS]
+    if section["type"] not in known:
+        raise ValueError(f"type={section['type']!r} is unknown; engines are {known}.")
+    short = ENGINE_SHORTHANDS.get(section["type"], {})
+    clashes = [f"{k}={section[k]!r}" for k in short if k != "type" and section.get(k, short[k]) != short[k]]
+    if clashes:
+        raise ValueError(f"type={section['type']!r} is short for {short}, but {', '.join(clashes)} is given too.")
+
+    def where(key: str) -> str:
+        means = (f"engine.{key}=", "engine=" if key in {"type", *short} else f"engine.{key}=")
+        return next((f"the override {o}" for o in reversed(overrides) if o.startswith(means)), str(path))
+
+    return launched.agree(section | short, launched.claims(), where)
+
+
 def _explain(problem: Any, root: type) -> str:
-    location = [part for i, part in enumerate(problem["loc"]) if not _is_tag(problem["loc"], i)]
+    tags = [i for i in range(1, len(problem["loc"])) if problem["loc"][i] in UNIONS.get(problem["loc"][i - 1], ())]
+    location = [part for i, part in enumerate(problem["loc"]) if i not in tags]  # a tag is no key of the file
     key = ".".join(str(part) for part in location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        tag = next((part for i, part in enumerate(problem["loc"]) if _is_tag(problem["loc"], i)), None)
-        known = _fields(root, location[:-1]) if tag is None else _fields(ESTIMATOR_CONFIGS[str(tag)], ())
+        cls, inside = root, location[:-1]
+        if tags:
+            section, name = problem["loc"][tags[0] - 1 : tags[0] + 1]
+            cls, inside = UNIONS[section][name], ()
+        known = _fields(cls, inside)
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else f" Keys here: {known}."
-        return f"{key}: unknown key.{hint}"
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{key}: unknown key.{hint} Keys{f' of {name}' if tags else ' here'}: {known}."
     value = "" if problem["type"] == "missing_argument" else f" (got {problem['input']!r})"
     return f"{key}: {problem['msg']}{value}"
-
-
-def _is_tag(location: Sequence, i: int) -> bool:
-    """Whether a part of a location says which estimator was meant, and is no key of the file."""
-    return i > 0 and location[i - 1] == "hypergradient" and location[i] in ESTIMATOR_CONFIGS
 
 
 def _fields(cls: type, location: Sequence) -> list[str]:

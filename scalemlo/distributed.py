@@ -78,9 +78,13 @@ def check_launch(requested: int | None) -> None:
         raise ValueError(
             f"num_processes={requested} was asked for, but {world_size()} process(es) are running. On CPU, "
             "`accelerate launch --num_processes N` may start a single one: use "
-            f"`torchrun --nproc-per-node {requested} -m scalemlo ...` or `accelerate launch --config_file "
-            "launch/cpu_2.yaml`."
+            f"`--launch ddp --num-processes {requested}` or `torchrun --nproc-per-node {requested} -m scalemlo ...`."
         )
+
+
+def communication_device() -> torch.device:
+    """Where a tensor must lie for the default group to communicate it."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else default_device()
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; equal on every rank."""
     if world_size() == 1:
         return flag
-    value = torch.tensor(float(flag), device=default_device() if dist.get_backend() != "gloo" else "cpu")
+    value = torch.tensor(float(flag), device=communication_device())
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 

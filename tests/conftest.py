@@ -45,14 +45,19 @@ PROCESS_EXIT_SECONDS = 3.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked `full` (slow)")
+    parser.addoption("--rotate", type=int, metavar="N", help="also run one of the `full` tests of tests/parity, by N")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full"):
         return
+    slow = [item for item in items if "full" in item.keywords]
+    parity = [item for item in slow if "parity" in item.path.parts]
+    rotate = config.getoption("--rotate")
+    chosen = parity[rotate % len(parity)] if parity and rotate is not None else None
     skip = pytest.mark.skip(reason="slow: run with --full")
-    for item in items:
-        if "full" in item.keywords:
+    for item in slow:
+        if item is not chosen:
             item.add_marker(skip)
 
 

@@ -12,56 +12,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.utils.other import get_free_port
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-WORDS = ["<pad>", "<end>", "<unk>", "user", "assistant", *(f"q{i}" for i in range(20)), *(f"a{i}" for i in range(20))]
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
-CONFIG = """\
-recipe: reweight_instructions
-output_dir: {folder}/run
-model: {{name: {folder}/model, lora: {{r: 4, alpha: 8}}}}
-data: {{name: {folder}/data.jsonl, num_train: 48, num_meta: 16, num_heldout: 13, corrupt_fraction: 0.5, max_length: 16}}
-train: {{steps: 4, unroll_steps: 2, batch_size: 8, meta_batch_size: 8, eval_every: 2, eval_batch_size: 4}}
-finetune: {{learning_rate: 1.0e-2, lr_scheduler_type: linear, warmup_steps: 2}}
-weights: {{learning_rate: 0.3}}
-"""
+from tests.tiny_recipe import ENVIRONMENT, TORCHRUN, write_recipe
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama, a tokenizer of whole words, 100 questions and a configuration."""
-    folder = tmp_path_factory.mktemp("cli")
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
-    )
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    rows = [{"prompt": f"q{i % 20} q{i // 20}", "completion": f"a{i % 20} a{(3 * i) % 20}"} for i in range(100)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return write_recipe(tmp_path_factory.mktemp("cli"))
 
 
-def scalemlo(folder, *overrides, launcher=(), config="run.yaml", **options):
-    command = [*(launcher or [sys.executable]), "-m", "scalemlo", "train", str(folder / config), *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+def scalemlo(folder, *arguments, launcher=(), config="run.yaml", **options):
+    flag = "--module" if launcher == DEEPSPEED else "-m"
+    command = [*(launcher or [sys.executable]), flag, "scalemlo", "train", str(folder / config), *arguments]
+    environment = os.environ | ENVIRONMENT
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, **options)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu_2.yaml"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
+LAUNCHED = ["--num-processes", "2", "--launch"]
+DEEPSPEED = [
+    *(sys.executable, "-m", "deepspeed.launcher.runner"),
+    *("--num_gpus", "2", "--master_port", str(get_free_port())),
+]
 
 
 def trajectory(folder):
@@ -89,12 +64,39 @@ def test_one_process_reports_everything_and_two_ranks_follow_it(folder):
     AutoTokenizer.from_pretrained(run / "reweighted")
 
     expected = trajectory(run)
-    for launcher, engine in ((TORCHRUN, "fsdp"), (ACCELERATE, "ddp")):
+    for launcher, arguments, engine in (
+        (TORCHRUN, ["engine=fsdp"], "FSDP"),
+        ([*ACCELERATE, "launch/zero3.yaml"], [], "DeepSpeed"),
+        ([], [*LAUNCHED, "ddp"], "DDP"),
+    ):
         other = folder / engine
-        done = scalemlo(folder, f"engine={engine}", f"output_dir={other}", "num_processes=2", launcher=launcher)
+        done = scalemlo(folder, *arguments, f"output_dir={other}", "num_processes=2", launcher=launcher)
         assert done.returncode == 0, done.stderr
+        assert f"{engine}(dtype='fp32'" in done.stdout and "on 2 process(es)" in done.stdout
         np.testing.assert_allclose(trajectory(other), expected, rtol=2e-4, atol=2e-5)
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), other / "reweighted")
+
+
+@pytest.mark.full
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "launcher, arguments",
+    [
+        ([*ACCELERATE, "launch/fsdp.yaml"], ["engine.units=[LlamaDecoderLayer]"]),
+        ([], [*LAUNCHED, "zero1"]),
+        ([], [*LAUNCHED, "zero2"]),
+        ([], [*LAUNCHED, "zero3_offload"]),
+        (DEEPSPEED, ["engine=zero3"]),
+    ],
+    ids=["accelerate fsdp", "zero1", "zero2", "zero3_offload", "deepspeed"],
+)
+def test_every_launcher_gives_one_trajectory(folder, launcher, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert scalemlo(folder, f"output_dir={one}", "train.steps=2").returncode == 0
+    done = scalemlo(folder, *arguments, f"output_dir={two}", "train.steps=2", "num_processes=2", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(trajectory(two), trajectory(one), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.launch
@@ -121,17 +123,10 @@ def test_full_fine_tuning_saves_a_model_under_fsdp(folder):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
     out = folder / f"interrupted-{num_ranks}"
-    launcher = TORCHRUN if num_ranks == 2 else [sys.executable]
-    command = [
-        *launcher,
-        "-m",
-        "scalemlo",
-        "train",
-        str(folder / "run.yaml"),
-        "train.steps=100000",
-        f"output_dir={out}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [*LAUNCHED, "fsdp"] if num_ranks == 2 else []
+    overrides = ["train.steps=100000", f"output_dir={out}"]
+    command = [sys.executable, "-m", "scalemlo", "train", str(folder / "run.yaml"), *launch, *overrides]
+    environment = os.environ | ENVIRONMENT
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
@@ -145,7 +140,7 @@ def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert "not run" in stdout and "reweighted" in stdout, stderr
     assert len(pd.read_csv(out / "weights.csv")) == 48
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), out / "reweighted")
@@ -227,6 +222,5 @@ def test_accelerate_that_starts_one_process_is_noticed(folder, monkeypatch, caps
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch --num_processes 2` sets on a CPU
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(SystemExit):
-        main(["train", str(folder / "run.yaml")])
+    assert main(["train", str(folder / "run.yaml")]) == 2
     assert "started one" in capsys.readouterr().err

@@ -207,12 +207,14 @@ dist.destroy_process_group()
 
 
 @pytest.mark.launch
-def test_cpu_config_starts_two_ranks(tmp_path):
+def test_a_launch_config_starts_two_ranks_on_a_cpu(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process only; the config file is what starts two."""
     script = tmp_path / "probe.py"
     script.write_text(PROBE)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu_2.yaml")]
-    done = subprocess.run([*launch, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/ddp.yaml")]
+    done = subprocess.run(
+        [*launch, "--num_processes", "2", str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert f"rank {rank} of 2: sum 3" in done.stdout

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..distributed import any_rank, rank, world_size
+from .jit_locks import warn_of_stale_locks
 
 
 def initialize(module: nn.Module, config: Mapping[str, Any], device: torch.device, level: str) -> "Partition":
@@ -45,6 +47,7 @@ def initialize(module: nn.Module, config: Mapping[str, Any], device: torch.devic
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, and a kill leaves a lock
+    warn_of_stale_locks()
     stage = config["zero_optimization"]["stage"]
     trainable = [p for p in module.parameters() if p.requires_grad]
     # Stages 1 and 2 flatten and split whole groups: with a group per parameter every rank has a part of each of them.
@@ -54,7 +57,29 @@ def initialize(module: nn.Module, config: Mapping[str, Any], device: torch.devic
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=torch.optim.SGD(groups, lr=0.0), config=dict(config), dist_init_required=False
         )
-    return (Stage3 if stage == 3 else Stages1And2)(engine, trainable)
+    return (Stage3 if stage == 3 else Stages1And2)(engine, trainable, device)
+
+
+def step_local_shards(optimizer: torch.optim.Optimizer) -> None:
+    """Let DeepSpeed's own CPU optimizers step parameters that are DTensors: their kernels want plain tensors.
+
+    Args:
+        optimizer: Changed in place; others than DeepSpeed's are left alone.
+    """
+    kernel = getattr(optimizer, "ds_opt_adam", None)
+    if kernel is not None:
+        optimizer.ds_opt_adam = _OnLocalShards(kernel)  # type: ignore[attr-defined]
+
+
+class _OnLocalShards:
+    """A kernel of DeepSpeed whose calls get the local parts of DTensors."""
+
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._kernel, name)
+        return lambda *args: function(*(t.to_local() if isinstance(t, DTensor) else t for t in args))
 
 
 @contextmanager
@@ -77,11 +102,16 @@ class Partition(ABC):
     Args:
         engine: Of DeepSpeed.
         trainable: The trainable parameters of the module, which stay the same objects.
+        device: Where the module computes.
     """
 
-    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
+    def __init__(self, engine: Any, trainable: list[nn.Parameter], device: torch.device):
         self._engine, self._optimizer = engine, engine.optimizer
         self._trainable = trainable
+        self._device = device
+        offload = engine.zero_offload_optimizer()
+        self.is_offloaded = offload is not None and offload.device == "cpu"
+        """Whether masters and reduced gradients lie in host memory."""
         self.reached: set[nn.Parameter] = set()
         """Trainable parameters with a gradient since the last :meth:`clear`."""
         for p in trainable:
@@ -104,9 +134,15 @@ class Partition(ABC):
     def flat_numel(self, p: nn.Parameter) -> int:
         """Entries of the whole parameter that the ranks' parts of a trainable one make up, padding included."""
 
-    @abstractmethod
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Parts of the reduced gradients (mean over ranks) of the reached parameters, alive until :meth:`clear`."""
+        if self.is_offloaded and self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # copies to pinned memory do not wait
+        return {p: self._gradient(p) for p in self.reached}
+
+    @abstractmethod
+    def _gradient(self, p: nn.Parameter) -> Tensor:
+        """This rank's part of the reduced gradient."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -114,6 +150,10 @@ class Partition(ABC):
 
         Masters are compared, not watched: optimizers and checkpoints write through aliases that count no versions.
         """
+
+    @abstractmethod
+    def _is_boundary(self, last: bool) -> bool:
+        """Whether DeepSpeed should take a micro-batch for the last one of a window."""
 
     @abstractmethod
     def _reduce(self, *, last: bool) -> None:
@@ -132,7 +172,7 @@ class Partition(ABC):
         """
         optimizer = self._optimizer
         optimizer.clear_backward_seen_flag()
-        optimizer.set_gradient_accumulation_boundary(last)
+        optimizer.set_gradient_accumulation_boundary(self._is_boundary(last))
         # Its hooks would end the pass by themselves, after the first of several backwards; we end it below.
         self._engine._running_engine_backward = True
         try:
@@ -156,14 +196,18 @@ class Stage3(Partition):
     Parameters are ``Any`` where attributes that DeepSpeed gives them are read.
     """
 
-    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
-        self._places: dict[nn.Parameter, tuple[int, int, int]] = {}  # parameter -> (sub-group, position, offset)
+    def __init__(self, engine: Any, trainable: list[nn.Parameter], device: torch.device):
+        self._places: dict[nn.Parameter, tuple[int, int, int]] = {}  # (sub-group, offset in it, offset over all)
+        first = 0
         for i, group in enumerate(engine.optimizer.fp16_groups):
             offset = 0
-            for j, p in enumerate(group):
-                self._places[p] = (i, j, offset)
+            for p in group:
+                self._places[p] = (i, offset, first + offset)
                 offset += p.partition_numel()
-        super().__init__(engine, trainable)
+            first += offset
+        super().__init__(engine, trainable, device)
+        for master in self.masters:
+            master.grad = None  # of DeepSpeed's own step, where it offloads
         self.clear()
 
     @property
@@ -175,7 +219,7 @@ class Stage3(Partition):
         """See :meth:`Partition.local`; without the padding of the last ranks."""
         if p not in self._places:
             return p.ds_tensor.detach()[: self._rows(p)]
-        i, _, offset = self._places[p]
+        i, offset, _ = self._places[p]
         return self.masters[i].detach().narrow(0, offset, self._rows(p))
 
     def shape(self, p: Any) -> torch.Size:
@@ -186,13 +230,8 @@ class Stage3(Partition):
         """See :meth:`Partition.flat_numel`; no padding."""
         return p.ds_numel
 
-    def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """See :meth:`Partition.gradients`."""
-        found = {}
-        for p in self.reached:
-            i, j, _ = self._places[p]
-            found[p] = self._optimizer.averaged_gradients[i][j].view(-1)[: self._rows(p)]
-        return found
+    def _gradient(self, p: nn.Parameter) -> Tensor:
+        return self._optimizer.grad_partitions_flat_buffer.narrow(0, self._places[p][2], self._rows(p))
 
     def repartition(self) -> None:
         """See :meth:`Partition.repartition`."""
@@ -213,6 +252,9 @@ class Stage3(Partition):
         for bucket in self._optimizer.ipg_buckets.values():  # of a pass that failed half way
             bucket.params.clear()
             bucket.elements, bucket.process_group = 0, None
+
+    def _is_boundary(self, last: bool) -> bool:
+        return False  # it would copy offloaded gradients once more, for its own step
 
     def _reduce(self, *, last: bool) -> None:
         self._optimizer.overlapping_partition_gradients_reduce_epilogue()
@@ -235,9 +277,10 @@ class Stage3(Partition):
 class Stages1And2(Partition):
     """Whole weights on every rank, masters (and gradients, from stage 2) in pieces."""
 
-    def __init__(self, engine: Any, trainable: list[nn.Parameter]):
+    def __init__(self, engine: Any, trainable: list[nn.Parameter], device: torch.device):
         self._groups = {group[0]: i for i, group in enumerate(engine.optimizer.bit16_groups)}
-        super().__init__(engine, trainable)
+        super().__init__(engine, trainable, device)
+        self.clear()
 
     @property
     def masters(self) -> list[Tensor]:
@@ -259,15 +302,14 @@ class Stages1And2(Partition):
         """See :meth:`Partition.flat_numel`."""
         return self.local(p).numel() * world_size() if p in self._groups else p.numel()
 
-    def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """See :meth:`Partition.gradients`."""
-        found = {}
-        for p in self.reached:
-            i = self._groups[p]
-            parts = self._optimizer.averaged_gradients[i]
-            part = torch.cat([t.reshape(-1) for t in parts])
-            found[p] = nn.functional.pad(part, (0, self.masters[i].numel() - part.numel()))
-        return found
+    def _gradient(self, p: nn.Parameter) -> Tensor:
+        i = self._groups[p]
+        if self.is_offloaded:
+            gradient = self.masters[i].grad
+            assert gradient is not None, "DeepSpeed makes one for each offloaded master"
+            return gradient
+        part = torch.cat([t.reshape(-1) for t in self._optimizer.averaged_gradients[i]])
+        return nn.functional.pad(part, (0, self.masters[i].numel() - part.numel()))
 
     def clear(self) -> None:
         """See :meth:`Partition.clear`."""
@@ -276,12 +318,28 @@ class Stages1And2(Partition):
         for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for key in list(held):
                 held[key] = None
+        if self.is_offloaded:
+            self._clear_offloaded()
         self.reached.clear()
+
+    def _clear_offloaded(self) -> None:
+        """All micro-batches add to zero, see :meth:`Stage3.clear`."""
+        optimizer = self._optimizer
+        for t in [*optimizer.accumulated_grads_in_cpu.values(), *(master.grad for master in self.masters)]:
+            t.zero_()
+        optimizer._offload_accumulated_param_ids.clear()
+        optimizer.micro_step_id = 1
+
+    def _is_boundary(self, last: bool) -> bool:
+        # Stage 2 would offload the gradients of the parameters that the last micro-batch reached, not of all.
+        return last and not (self.is_offloaded and self._engine.zero_optimization_partition_gradients())
 
     def _reduce(self, *, last: bool) -> None:
         self._optimizer.setup_buckets()  # they are not there where no parameter was reached
         if self._engine.zero_optimization_partition_gradients():
             self._optimizer.overlapping_partition_gradients_reduce_epilogue()
+            if last and self.is_offloaded:
+                self._optimizer.finalize_gradient_accumulation_boundary()
         elif last:
             self._optimizer.reduce_gradients()
 
@@ -292,11 +350,14 @@ class Stages1And2(Partition):
 
         optimizer = self._optimizer
         mine = [parts[rank()] for parts in optimizer.parallel_partitioned_bit16_groups]
-        pairs = list(zip(mine, self.masters, strict=True))
-        if not any_rank(any(not torch.equal(weights, master.to(weights.dtype)) for weights, master in pairs)):
+        is_stale = False
+        for weights, master in zip(mine, self.masters, strict=True):
+            wanted = master.to(weights)  # dtype and device
+            if not torch.equal(weights, wanted):
+                weights.data.copy_(wanted)
+                is_stale = True
+        if not any_rank(is_stale):
             return
-        for weights, master in pairs:
-            weights.data.copy_(master)
         all_gather_dp_groups(
             groups_flat=optimizer.bit16_groups_flat,
             partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,

@@ -4,14 +4,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed import is_main_process
+from ..precision import LossScaler
 from ..second_order.skeleton import Skeleton
 from ..shards import Shards
+
+if TYPE_CHECKING:
+    from ..level import Level
 
 DType = Literal["fp32", "bf16", "fp16"]
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +48,19 @@ class EngineSpec(ABC):
         """The reduced precision to compute in, or None for the module's own."""
         return COMPUTE_DTYPES[self.dtype]
 
+    def loss_scaler(self) -> LossScaler:
+        """A new loss scaler for a level in this precision."""
+        return LossScaler.for_dtype(self.dtype)
+
+    def check_level(self, level: "Level", optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a level that contradicts what this engine was told about it.
+
+        Args:
+            level: The level.
+            optimizer: Its optimizer.
+        """
+        return None
+
     @abstractmethod
     def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> "Engine":
         """Take over a module whose ``requires_grad`` flags say what is trained.
@@ -67,6 +85,7 @@ class ParameterBlock:
 
     def shards(self) -> Shards:
         """Local weights; aliases the live ones."""
+        self.engine.require_resident()
         return Shards({name: self.engine.local(name) for name in self.names}, self.engine.group)
 
     def vector(self, tensors: Mapping[str, Tensor | None]) -> Shards:
@@ -79,12 +98,27 @@ class Engine(ABC):
     """One module, wrapped for training, and its skeleton for the derivatives no training framework computes."""
 
     def __init__(self, module: nn.Module, spec: EngineSpec, *, name: str, device: torch.device, units: Sequence[str]):
-        if spec.dtype == "fp16" and device.type == "cpu":
-            raise ValueError(f"engine of {name!r}: dtype='fp16' needs a GPU, this rank runs on {device}. Use 'bf16'.")
+        check_precision(spec, device, name)
         self.spec, self.name, self.device = spec, name, device
         self.module = module.to(device)
+        named = list(module.named_parameters(remove_duplicate=False))
+        first = {id(p): n for n, p in reversed(named)}
+        self.dtypes = {n: p.dtype for n, p in named if first[id(p)] == n}
+        """Of the parameters as they were given, by canonical name."""
+        self._tied = {n: first[id(p)] for n, p in named if first[id(p)] != n}
         self.skeleton = Skeleton(self.module, units)
         self._functional: Call | None = None
+        self.is_resident = True
+        """Whether its weights are on the device; see :mod:`scalemlo.scheduler`."""
+
+    @property
+    def shards_device(self) -> torch.device:
+        """Where the shards of trained weights lie, and with them optimizer states and all vectors."""
+        return self.device
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make ready an optimizer that is going to step this engine's parameters."""
+        return None
 
     # ---- what differs between engines --------------------------------------------------------------------------
     @property
@@ -125,8 +159,8 @@ class Engine(ABC):
         """Mean over ranks of gradients that each rank computed through :meth:`gather` from its part of the batch."""
 
     @abstractmethod
-    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
-        """Full tensors on the CPU of rank 0 (empty elsewhere), names as in the unwrapped module. Collective."""
+    def full_tensor(self, name: str) -> Tensor:
+        """One whole parameter in the dtype of its shards, for reading. Collective."""
 
     def watch_loss(self, loss: Tensor) -> Tensor:
         """Return the loss of a live pass, before its backward; where an engine must know it, as part of that engine."""
@@ -141,9 +175,59 @@ class Engine(ABC):
         """
         return nullcontext() if wanted else _frozen(self.module)
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the whole parameter in the module, however it is held."""
+        return self.parameters[name].shape
+
+    def start(self, name: str) -> int:
+        """Where this rank's shard begins in the flattened parameter; a shard is consecutive entries of it."""
+        return 0
+
+    def held_tensors(self) -> Iterator[Tensor]:
+        """All local tensors that hold weights: what shares their memory is moved off the device with them."""
+        for name in self.parameters:
+            yield self.local(name)
+
     # ---- the same for all --------------------------------------------------------------------------------------
+    def require_resident(self) -> None:
+        """Raise a ``ValueError`` where the weights are off the device: reading them then would crash the process."""
+        if not self.is_resident:
+            raise ValueError(
+                f"the weights of level '{self.name}' are off the device, to keep to the program's memory budget. Use "
+                "them inside `with program.resident(level):`, or call the module inside `program.inference(level)`."
+            )
+
+    def full_tensors(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by canonical name, then persistent buffers, one whole tensor after the other. Collective.
+
+        Args:
+            trainable_only: Whether to leave frozen parameters and buffers out.
+
+        Yields:
+            Names and tensors on the CPU, for reading; on rank 0 alone, and the other ranks must exhaust it too.
+        """
+        for name, p in self.parameters.items():
+            if p.requires_grad or not trainable_only:
+                full = self.full_tensor(name)
+                if is_main_process():
+                    yield name, full.cpu()
+                del full
+        if is_main_process() and not trainable_only:
+            yield from ((name, buffer.cpu()) for name, buffer in self.persistent_buffers().items())
+
+    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """Full tensors on the CPU of rank 0 (empty elsewhere), names as in the unwrapped module. Collective."""
+        state = {name: t.clone() for name, t in self.full_tensors(trainable_only=trainable_only)}
+        return state | {name: state[first] for name, first in self._tied.items() if first in state}
+
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """Live buffers that belong to the module's state."""
+        kept = self.module.state_dict().keys()
+        return {name: buffer.detach() for name, buffer in self.module.named_buffers() if name in kept}
+
     def call(self, method: str, args: tuple, kwargs: dict) -> Any:
         """Run a method of the module: live, or functionally inside :meth:`functional`."""
+        self.require_resident()
         return (self._functional or self.call_live)(method, args, kwargs)
 
     @contextmanager
@@ -193,6 +277,21 @@ class Engine(ABC):
     def from_local(self, name: str, t: Tensor) -> Tensor:
         """The inverse of :meth:`to_local` for a tensor laid out like the parameter ``name``."""
         return t
+
+
+def check_precision(spec: EngineSpec, device: torch.device, name: str) -> None:
+    """Refuse fp16 on the CPU, where few modules have all their kernels and every one is slow.
+
+    Args:
+        spec: How the module is to be wrapped.
+        device: Of this rank.
+        name: Of the level.
+
+    Raises:
+        ValueError: For fp16 on the CPU.
+    """
+    if spec.dtype == "fp16" and device.type == "cpu":
+        raise ValueError(f"engine of {name!r}: dtype='fp16' needs a GPU, this rank runs on {device}. Use 'bf16'.")
 
 
 class ModuleView:

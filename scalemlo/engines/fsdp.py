@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -108,16 +107,6 @@ class FSDPEngine(ShardedEngine):
     def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of this rank."""
         return {name: t[self._layout[name].local_rows(rank())].clone() for name, t in full.items()}
-
-    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
-        """See :meth:`Engine.full_state_dict`; gathered parameter by parameter."""
-        self._reshard()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable_only)
-        state = get_model_state_dict(self.module, options=options)
-        if trainable_only:  # the option above leaves buffers in
-            trainable = {n for n, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-            state = {n: t for n, t in state.items() if n in trainable}
-        return state
 
     def _reshard(self) -> None:
         for m in self.module.modules():

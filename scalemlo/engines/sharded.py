@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from ..distributed import world_size
+from ..distributed import rank, world_size
 from .base import Engine, EngineSpec
 from .gather import RowSharding, gather_rows
 
@@ -49,6 +49,17 @@ class ShardedEngine(Engine):
             compute_dtype = self.spec.compute_dtype or dtype
             full |= gather_rows(group, self._layout, self.group, compute_dtype, tangents_only=tangents_only)
         return full
+
+    def full_tensor(self, name: str) -> Tensor:
+        """See :meth:`Engine.full_tensor`; one all-gather."""
+        shard, shape = self.local(name).to(self.device), self.shape(name)
+        full = gather_rows({name: shard}, self._layout, self.group, shard.dtype)[name]
+        return full.reshape(-1)[: shape.numel()].view(shape)
+
+    def start(self, name: str) -> int:
+        """See :meth:`Engine.start`."""
+        layout = self._layout[name]
+        return layout.local_rows(rank()).start * layout.row_numel
 
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adjoint of the gather has summed over ranks already; divide."""

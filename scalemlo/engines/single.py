@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_main_process, world_size
+from ..distributed import world_size
 from .base import Engine, EngineSpec
 from .units import find_units
 
@@ -61,13 +61,9 @@ class ReplicatedEngine(Engine):
         """Nothing to gather; autocast casts inside the operations."""
         return dict(shards)
 
-    def full_state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
-        """See :meth:`Engine.full_state_dict`."""
-        if not is_main_process():
-            return {}
-        names = {n for n, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        state = self.module.state_dict()
-        return {n: t.detach().cpu().clone() for n, t in state.items() if n in names or not trainable_only}
+    def full_tensor(self, name: str) -> Tensor:
+        """The live parameter."""
+        return self.local(name)
 
 
 class SingleEngine(ReplicatedEngine):

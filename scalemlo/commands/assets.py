@@ -1,0 +1,15 @@
+"""List the models and data that are fetched from PyPI packages."""
+
+from argparse import ArgumentParser, Namespace
+
+
+def configure(parser: ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(options: Namespace) -> int:
+    """Print one line per asset."""
+    from ..assets import known_assets
+
+    print("\n".join(f"{name:24s} {line}" for name, line in known_assets().items()))
+    return 0

@@ -1,0 +1,70 @@
+"""What commands on a recipe share: the YAML file, its overrides, and the processes they run in."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..recipes import Recipe
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the file, the overrides, and how to launch."""
+    from ..launcher import configurations
+
+    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=zero3")
+    parser.add_argument(
+        "--launch",
+        metavar="NAME",
+        help=f"start several processes on this machine: {', '.join(configurations())}; for several machines see "
+        "docs/launch.md",
+    )
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="with --launch; by default one per GPU, or two without GPUs"
+    )
+
+
+def run(options: Namespace, command: Callable[["Recipe", "RunConfig"], int], forwarded: Sequence[str] = ()) -> int:
+    """Run a command here, or through a launcher.
+
+    Args:
+        options: With the arguments of :func:`configure`.
+        command: Gets the recipe and its configuration; returns the exit status.
+        forwarded: The command's own arguments, for launched processes.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: If the launch is wrong.
+        ConfigError: If the configuration is.
+    """
+    if options.launch is not None:
+        from ..launcher import launch
+
+        arguments = [options.command, options.config, *options.overrides, *forwarded]
+        return launch(options.launch, options.num_processes, arguments)
+    if options.num_processes is not None:
+        raise ValueError("--num-processes has no effect without --launch; use it with --launch ddp, say.")
+
+    from ..launched import check_all_started
+
+    check_all_started()
+    from .. import config, distributed
+    from ..recipes import RECIPES
+
+    try:
+        run_config = config.load(options.config, options.overrides, {n: recipe.config for n, recipe in RECIPES.items()})
+    except config.ConfigError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # the same on every rank: one per machine says it
+        raise
+    try:
+        distributed.initialize()
+        distributed.check_launch(run_config.num_processes)
+        return command(RECIPES[run_config.recipe], run_config)
+    finally:
+        distributed.shutdown()

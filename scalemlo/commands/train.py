@@ -1,0 +1,24 @@
+"""Run a recipe from a YAML file.
+
+Exit status 0 done, 1 the run failed, 2 the command or configuration is wrong, 130 interrupted.
+"""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from . import on_recipe
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..recipes import Recipe
+
+configure = on_recipe.configure
+
+
+def run(options: Namespace) -> int:
+    """Train."""
+    return on_recipe.run(options, _train)
+
+
+def _train(recipe: "Recipe", run_config: "RunConfig") -> int:
+    return 130 if recipe.run(run_config) else 0
