@@ -1,6 +1,7 @@
 """Batches without end: cycled, split over ranks, moved to the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -41,6 +42,9 @@ class BatchStream:
                 self._sliced = False
             elif world_size() > 1 and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
                 self._data, self._sliced = _rank_loader(data, level), False
+        # Iterable Hugging Face datasets begin every epoch where the last `load_state_dict` put them.
+        goes_back = _is_stateful(data) and type(data).__module__.startswith("datasets.")
+        self._beginning = deepcopy(data.state_dict()) if goes_back else None  # type: ignore[attr-defined]
         self._iterator: Iterator | None = None
         self._position = 0  # batches taken in this epoch
         self._at_start: list[Tensor] = []  # states of the shuffling generators when the epoch began
@@ -59,6 +63,8 @@ class BatchStream:
         for _ in range(2):
             if self._iterator is None:
                 self.epoch += 1
+                if self._beginning is not None:
+                    self._data.load_state_dict(deepcopy(self._beginning))  # type: ignore[attr-defined]
                 self._begin_epoch(self._data)
             try:
                 batch = next(self._iterator)  # type: ignore[arg-type]

@@ -4,10 +4,11 @@ Three parts, by who has them: *vectors* are laid out like parameters (weights, m
 sharded where those are; *shared* values are the same on every rank; a rank's *own* ones are not.
 """
 
+import json
 import random
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,30 +28,64 @@ if TYPE_CHECKING:
 
 
 # ---- vectors -------------------------------------------------------------------------------------------------------
-def vectors(program: "Program") -> dict[str, Tensor]:
-    """All tensors that are laid out like a parameter; they alias the live ones, and are DTensors where sharded.
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a tensor that has a parameter's shape: consecutive entries of the flattened tensor.
+
+    Args:
+        local: The rank's part as the engine lays it out; aliases the live one. It may go on with padding where the
+            flattened tensor ends.
+        start: Its first entry, counted in the flattened tensor.
+        numel: Entries of the whole tensor.
+    """
+
+    local: Tensor
+    start: int
+    numel: int
+
+    @property
+    def flat(self) -> Tensor:
+        """The entries ``[n]``, without padding; an alias unless ``local`` is not contiguous."""
+        return self.local.detach().reshape(-1)[: max(0, self.numel - self.start)]
+
+    def put(self, flat: Tensor) -> None:
+        """Write entries back where :attr:`flat`, which they were read into, is no alias."""
+        if not self.local.is_contiguous():
+            self.local.detach().copy_(flat.view(self.local.shape))
+
+    def copied(self) -> "Piece":
+        """A copy in host memory."""
+        return replace(self, local=self.flat.to("cpu", copy=True))
+
+
+def vectors(program: "Program") -> dict[str, Piece]:
+    """This rank's pieces of all tensors that are laid out like a parameter; they alias the live ones.
 
     Args:
         program: The program.
 
     Returns:
-        Tensors by ``"<level>/weights/<parameter>"``, ``"<level>/optimizer/<key>/<parameter>"`` and
+        Pieces by ``"<level>/weights/<parameter>"``, ``"<level>/optimizer/<key>/<parameter>"`` and
         ``"<level>/memory/<level that asks>/<key>/<parameter>"``.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Piece] = {}
     for level, trainer in program.trainers.items():
+        engine = trainer.engine
         for name in trainer.block.names:
-            parameter = trainer.engine.parameters[name]
-            found[f"{level}/weights/{name}"] = parameter.detach()
+            parameter = engine.parameters[name]
+            found[f"{level}/weights/{name}"] = _piece(engine, name, engine.local(name))
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
                 if _is_like(value, parameter):
-                    found[f"{level}/optimizer/{key}/{name}"] = value
+                    found[f"{level}/optimizer/{key}/{name}"] = _piece(engine, name, engine.to_local(value))
         for asking, memory in trainer.memory.items():
             for key, value in memory.items():
-                if isinstance(value, Shards):
-                    for name, t in value.items():
-                        found[f"{level}/memory/{asking}/{key}/{name}"] = trainer.engine.from_local(name, t)
+                for name, t in value.items() if isinstance(value, Shards) else ():
+                    found[f"{level}/memory/{asking}/{key}/{name}"] = _piece(engine, name, t)
     return found
+
+
+def _piece(engine: Engine, name: str, local: Tensor) -> Piece:
+    return Piece(local, engine.start(name), engine.shape(name).numel())
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:
@@ -58,8 +93,9 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
 
 
-def _empty_like(engine: Engine, name: str, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(engine.local(name), dtype=dtype)
+def _zeros_like(engine: Engine, name: str, dtype: torch.dtype) -> Tensor:
+    """To be filled; zeros, since no content is read for padding."""
+    return torch.zeros_like(engine.local(name), dtype=dtype)
 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
@@ -122,7 +158,7 @@ def _plain(value: Any, trainer: "LevelTrainer", name: str, key: str) -> Any:
 
 
 def restore_shared(program: "Program", state: Mapping[str, Any], keeps_memory: Mapping[str, bool]) -> None:
-    """Put the shared values back, and vectors without content in the place of those that :func:`vectors` will name.
+    """Put the shared values back, and zeros in the place of those vectors that :func:`vectors` will name.
 
     Args:
         program: Changed in place.
@@ -143,7 +179,7 @@ def _restore_level(trainer: "LevelTrainer", state: Mapping[str, Any], keeps_memo
         group.update(kept["options"])
     trainer.optimizer.state.clear()
     for name, kept in state["optimizer"].items():
-        like = {key: engine.from_local(name, _empty_like(engine, name, d)) for key, d in kept["vectors"].items()}
+        like = {key: engine.from_local(name, _zeros_like(engine, name, d)) for key, d in kept["vectors"].items()}
         if like or kept["values"]:
             trainer.optimizer.state[engine.parameters[name]] = kept["values"] | like
     if trainer.scheduler is not None:
@@ -153,7 +189,7 @@ def _restore_level(trainer: "LevelTrainer", state: Mapping[str, Any], keeps_memo
     trainer.memory.clear()
     for asking, kept in state["memory"].items() if keeps_memory else ():
         directions = {
-            key: Shards({n: _empty_like(engine, n, dtype) for n, dtype in dtypes.items()}, engine.group)
+            key: Shards({n: _zeros_like(engine, n, dtype) for n, dtype in dtypes.items()}, engine.group)
             for key, dtypes in kept["vectors"].items()
         }
         trainer.memory[asking] = kept["values"] | directions
@@ -179,7 +215,7 @@ def own(program: "Program") -> dict[str, Any]:
             "device": on_torch.device,
         },
         "data": {n: t.stream.state_dict() for n, t in program.trainers.items() if t.stream is not None},
-        "buffers": {n: _persistent_buffers(t) for n, t in program.trainers.items()},
+        "buffers": {n: t.engine.persistent_buffers() for n, t in program.trainers.items()},
     }
 
 
@@ -192,7 +228,7 @@ def restore_own(program: "Program", state: Mapping[str, Any], *, random_states: 
         random_states: Whether to set the random states too.
     """
     for name, trainer in program.trainers.items():
-        for buffer, live in _persistent_buffers(trainer).items():
+        for buffer, live in trainer.engine.persistent_buffers().items():
             live.copy_(state["buffers"][name][buffer])
         if trainer.stream is not None:
             trainer.stream.load_state_dict(state["data"][name])
@@ -203,13 +239,6 @@ def restore_own(program: "Program", state: Mapping[str, Any], *, random_states: 
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
         same_device = kept["device"] is not None and program.device.type != "cpu"
         RNGState(kept["cpu"], kept["device"] if same_device else None, program.device).restore()
-
-
-def _persistent_buffers(trainer: "LevelTrainer") -> dict[str, Tensor]:
-    """Live buffers of a level's module; levels that share a module each list them."""
-    module = trainer.engine.module
-    kept = module.state_dict().keys()
-    return {name: buffer.detach() for name, buffer in module.named_buffers() if name in kept}
 
 
 # ---- history -------------------------------------------------------------------------------------------------------
@@ -230,11 +259,13 @@ def restore_history(history: History, state: Mapping[str, Any]) -> None:
 
 
 # ---- whose state it is ---------------------------------------------------------------------------------------------
-def describe_program(program: "Program") -> dict[str, Any]:
+def describe_program(program: "Program", *, as_held: bool = False) -> dict[str, Any]:
     """Names, shapes and kinds, as JSON takes them: what a checkpoint must have in common with a program.
 
     Args:
         program: The program.
+        as_held: Whether to give shapes and dtypes as the engine lays parameters out, as checkpoints of format version
+            1 do, and not those of the module that it was given.
 
     Returns:
         One dict per level.
@@ -244,19 +275,38 @@ def describe_program(program: "Program") -> dict[str, Any]:
         owned.setdefault(id(trainer.engine), set()).update(trainer.block.names)
     levels = {}
     for name, trainer in program.trainers.items():
-        all_of_them = trainer.engine.parameters.items()
-        facts = {n: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}" for n, p in all_of_them}
+        engine = trainer.engine
+        facts = {
+            n: _fact(p.shape, p.dtype) if as_held else _fact(engine.shape(n), engine.dtypes[n])
+            for n, p in engine.parameters.items()
+        }
         levels[name] = {
             "parameters": {n: facts[n] for n in trainer.block.names},
             "frozen parameters": {n: fact for n, fact in facts.items() if n not in owned[id(trainer.engine)]},
-            "buffers": {n: str(list(b.shape)) for n, b in _persistent_buffers(trainer).items()},
+            "buffers": {n: str(list(b.shape)) for n, b in trainer.engine.persistent_buffers().items()},
             "optimizer": type(trainer.optimizer).__name__,
             "scheduler": None if trainer.scheduler is None else type(trainer.scheduler).__name__,
             "reads a batch": trainer.stream is not None,
             "engine": repr(trainer.engine.spec),
             "hypergradient": repr(trainer.estimator),
+            "adapters": _adapters(engine.module),
         }
     return levels
+
+
+def _adapters(module: torch.nn.Module) -> dict[str, Any]:
+    """Configurations of a PEFT model's adapters by name: without them an adapter's weights mean nothing."""
+    adapters = getattr(module, "peft_config", None) or {}
+    as_json = {name: json.dumps(config.to_dict(), default=_listed) for name, config in adapters.items()}
+    return {name: json.loads(config) for name, config in as_json.items()}
+
+
+def _listed(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _fact(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def check_same_program(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> dict[str, bool]:

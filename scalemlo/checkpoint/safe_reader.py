@@ -1,30 +1,33 @@
-"""Reading torch.distributed.checkpoint's files without trusting them.
-
-DCP reads tensors with ``weights_only=True``, but its metadata, and what is no tensor, with plain ``pickle``.
-"""
+"""Reading the metadata of torch.distributed.checkpoint without trusting it: DCP would use plain ``pickle``."""
 
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 
-class SafeReader(dcp.FileSystemReader):
-    """Reads a checkpoint of tensors without running what a forged one could hold."""
+def read_metadata(folder: Path) -> Metadata:
+    """Which tensors a checkpoint has, and where, without running what a forged file could hold.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata; tensors only, since DCP unpickles other entries without a check."""
-        with open(self.path / ".metadata", "rb") as f:  # type: ignore[operator]
-            metadata = _MetadataUnpickler(f).load()
-        others = [n for n, m in metadata.state_dict_metadata.items() if not isinstance(m, TensorStorageMetadata)]
-        if others:
-            raise pickle.UnpicklingError(f"entries {others[:3]} are no tensors")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        DCP's metadata; tensors only.
+
+    Raises:
+        pickle.UnpicklingError: If it holds anything else.
+    """
+    with open(folder / ".metadata", "rb") as f:
+        metadata = _MetadataUnpickler(f).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError("it is no metadata")
+    others = [n for n, m in metadata.state_dict_metadata.items() if not isinstance(m, TensorStorageMetadata)]
+    if others:
+        raise pickle.UnpicklingError(f"entries {others[:3]} are no tensors")
+    return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):

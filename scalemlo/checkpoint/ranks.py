@@ -1,0 +1,85 @@
+"""What the ranks that share a checkpoint tell each other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..distributed import is_main_process, world_size
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks, over a process group. Every method is collective; without a group, a group of one.
+
+    Args:
+        group: Of all ranks; by default the default group. A thread that runs beside the training needs its own.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None" = None):
+        self.group = group
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something that may fail on some ranks, and fail on all where it does; a barrier.
+
+        Args:
+            action: What to do.
+
+        Returns:
+            What it returned on this rank.
+
+        Raises:
+            ValueError: If it failed on another rank; where it failed, its own error is raised.
+        """
+        if world_size() == 1:
+            return action()
+        error, value = None, None
+        try:
+            value = action()
+        except Exception as caught:
+            error = caught
+        everyone: list[str | None] = [None] * world_size()
+        dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}", self.group)
+        if error is not None:
+            raise error
+        for other, message in enumerate(everyone):
+            if message is not None:
+                raise ValueError(f"on rank {other}: {message}")
+        return value  # type: ignore[return-value]
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """:meth:`together`, where only rank 0 has something to do."""
+        return self.together(lambda: action() if is_main_process() else None)
+
+    def gather(self, value: T) -> list[T]:
+        """Values of all ranks on rank 0; nothing elsewhere."""
+        if world_size() == 1:
+            return [value]
+        everyone: list[Any] | None = [None] * world_size() if is_main_process() else None
+        dist.gather_object(value, everyone, group=self.group)
+        return everyone or []
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """One value for each rank, from rank 0."""
+        if world_size() == 1:
+            return values[0]  # type: ignore[index]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, list(values) if values is not None else None, group=self.group)
+        return mine[0]
+
+    def check_agreed(self, value: str, what: str) -> None:
+        """Compare a value.
+
+        Args:
+            value: Of this rank.
+            what: Its name in the message, and what ranks must do about it.
+
+        Raises:
+            ValueError: If ranks have different ones.
+        """
+        if world_size() > 1:
+            everyone: list[Any] = [None] * world_size()
+            dist.all_gather_object(everyone, value, self.group)
+            if len(set(everyone)) > 1:
+                raise ValueError(f"ranks found different {what}: {sorted(set(everyone))}. They must share the folder.")
