@@ -1,4 +1,4 @@
-"""Instruction data: load, split, corrupt, tokenize and pad, with every example traceable by its `example_id`."""
+"""Instruction data: load, split, corrupt and tokenize, with every example traceable by its `example_id`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from scalemlo.assets import fetch, known_assets
+from scalemlo.hf.collate import has_target
 from scalemlo.hf.losses import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ class TokenizedRow(TypedDict):
 
     example_id: int
     input_ids: list[int]
-    attention_mask: list[int]
     labels: list[int]
 
 
@@ -221,7 +219,6 @@ def tokenize(
     return TokenizedRow(
         example_id=row["example_id"],
         input_ids=prompt_ids + completion_ids,
-        attention_mask=[1] * (len(prompt_ids) + len(completion_ids)),
         labels=[IGNORE_INDEX] * len(prompt_ids) + completion_ids,
     )
 
@@ -288,7 +285,7 @@ class InstructionDataset(Dataset[TokenizedRow]):
         """
         whole = [tokenize(row, tokenizer, system=system, chat_template=chat_template) for row in rows]
         cut = [_truncate(row, max_length) for row in whole]
-        self._rows = [row for row in cut if _has_target(row["labels"])]
+        self._rows = [row for row in cut if has_target(row["labels"])]
         self.num_dropped = len(rows) - len(self._rows)
         kept = {row["example_id"] for row in self._rows}
         self.num_truncated = sum(row["example_id"] in kept and len(row["input_ids"]) > max_length for row in whole)
@@ -317,73 +314,5 @@ def _truncate(row: TokenizedRow, max_length: int) -> TokenizedRow:
     return TokenizedRow(
         example_id=row["example_id"],
         input_ids=row["input_ids"][:max_length],
-        attention_mask=row["attention_mask"][:max_length],
         labels=row["labels"][:max_length],
     )
-
-
-def _has_target(labels: Sequence[int]) -> bool:
-    """Whether a label can be predicted: the first position has no token before it."""
-    return any(label != IGNORE_INDEX for label in labels[1:])
-
-
-class PadCollator:
-    """Pad a list of rows on the right to the longest of them and make tensors.
-
-    Columns of `labels` at the left in which no row has a label are cut (`token_losses` aligns narrower labels with
-    the last positions), so that no loss is computed for what is prompt in every row. This is decided here, on the
-    CPU, because the loss must not look at the data.
-    """
-
-    def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1, trim_labels: bool = True) -> None:
-        """Set the padding.
-
-        Args:
-            pad_token_id: Written where `attention_mask` is 0.
-            pad_to_multiple_of: Round the padded length up; 8 or more suits tensor cores and lowers the number of
-                shapes that a compiler sees.
-            trim_labels: Cut label columns as said above. Turn off for code that expects `labels` [B, T].
-
-        Raises:
-            ValueError: If `pad_to_multiple_of` is below 1.
-        """
-        if pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of ({pad_to_multiple_of}) must be at least 1; 1 means no rounding")
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.trim_labels = trim_labels
-
-    def __call__(self, rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
-        """Make a batch.
-
-        Args:
-            rows: B rows of T_i tokens.
-
-        Returns:
-            int64 tensors `input_ids`, `attention_mask` [B, T], `labels` [B, L] with L <= T, `example_id` [B].
-
-        Raises:
-            ValueError: If a row has no label to predict; its mean loss would be 0 / 0.
-        """
-        for position, row in enumerate(rows):
-            if not _has_target(row["labels"]):
-                raise ValueError(
-                    f"row {position} of the batch (example_id {row['example_id']}) has no label after its first token, "
-                    "so that its loss is undefined; drop it, or raise max_length so that its answer is not cut off"
-                )
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        labels = _pad([row["labels"] for row in rows], length, IGNORE_INDEX)
-        if self.trim_labels:
-            first = int((labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[0]) + 1
-            labels = labels[:, first:]
-        return {
-            "input_ids": _pad([row["input_ids"] for row in rows], length, self.pad_token_id),
-            "attention_mask": _pad([row["attention_mask"] for row in rows], length, 0),
-            "labels": labels,
-            "example_id": torch.tensor([row["example_id"] for row in rows]),
-        }
-
-
-def _pad(lists: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([[*items, *[value] * (length - len(items))] for items in lists])

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..second_order.chunks import recomputed
 
 IGNORE_INDEX = -100
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 CHUNK_TOKENS = 512
 """Tokens whose cross entropy is computed at a time: 128k words take 250 MiB in fp32."""
 
@@ -37,7 +38,8 @@ def token_losses(
         model: Anything called as `model(input_ids=..., attention_mask=..., use_cache=False)` that returns an object
             with `logits` [B, T, V].
         batch: `input_ids` [B, T], `labels` [B, L] with L <= T and -100 where there is none, and, unless no row is
-            padded, `attention_mask` [B, T]. Other entries are ignored.
+            padded, `attention_mask` [B, T]; `position_ids` [B, T] where several examples share a row, and then no
+            `attention_mask`. Other entries are ignored.
         chunk_tokens: Tokens per chunk, over all B examples; a chunk is at least one position wide.
 
     Returns:
@@ -56,7 +58,8 @@ def token_losses(
             "its T; labels of fewer positions belong to the last ones"
         )
     num_targets = min(labels.shape[1], input_ids.shape[1] - 1)  # the first token has no predecessor to predict it
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    # Packed rows are kept apart by their positions, which a cache would hide from the model.
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     logits = model(**inputs, use_cache=False).logits
     targets = labels[:, labels.shape[1] - num_targets :]  # [B, K]
     width = max(1, chunk_tokens // targets.shape[0])
@@ -70,10 +73,8 @@ def token_losses(
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy [B, K] of logits [B, K, V]."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()  # in bf16 the per-example losses are too coarse for any difference of them
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view_as(targets)
+    flat = _precise(logits).flatten(0, 1)
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
 
 
 def example_losses(
@@ -85,12 +86,41 @@ def example_losses(
 
     Args:
         model: As in `token_losses`.
-        batch: As in `token_losses`.
+        batch: As in `token_losses`. Where examples share rows (`PackingCollator`), `example_index` [R, T] says which of
+            the E examples of `example_id` [E] a token is of.
         chunk_tokens: As in `token_losses`.
 
     Returns:
-        Losses [B], in fp32 (fp64 if the logits are fp64). An example without any label gives NaN, not a silent zero;
-        the collator refuses such a row and names it.
+        Losses, one per entry of `example_id`: [B], or [E] of packed rows; in fp32 (fp64 if the logits are fp64). An
+        example without any label gives NaN, not a silent zero; collators refuse such a row and name it.
     """
     losses, mask = token_losses(model, batch, chunk_tokens=chunk_tokens)
-    return losses.sum(dim=1) / mask.sum(dim=1)
+    if "example_index" not in batch:
+        return losses.sum(dim=1) / mask.sum(dim=1)
+    index = batch["example_index"][:, -losses.shape[1] :].flatten()
+    num_examples = batch["example_id"].shape[0]
+    sums = losses.new_zeros(num_examples).index_add(0, index, losses.flatten())
+    return sums / losses.new_zeros(num_examples).index_add(0, index, mask.flatten().to(losses.dtype))
+
+
+def classification_losses(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross entropy of each sequence's class, `l_i = -log p(label_i | tokens_i)`.
+
+    Args:
+        model: With logits [B, C]: `AutoModelForSequenceClassification`.
+        batch: `input_ids`, `attention_mask` [B, T] and `labels` [B].
+
+    Returns:
+        Losses [B], in fp32 (fp64 if the logits are fp64).
+    """
+    return F.cross_entropy(sequence_logits(model, batch), batch["labels"], reduction="none")
+
+
+def sequence_logits(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model with a head for whole sequences gives: logits [B, C], in fp32 (fp64 if they are fp64)."""
+    return _precise(model(**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In bf16 the per-example losses are too coarse for any difference of them."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from scalemlo.assets import resolve_model
+from scalemlo.hf.tokenizing import ensure_pad_token
 
 DTYPES: dict[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -112,14 +113,7 @@ def _parse_dtype(dtype: str) -> torch.dtype:
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"the tokenizer of {path!r} has neither pad_token nor eos_token, so that batches cannot be padded; "
-                "set one in its tokenizer_config.json"
-            )
-        # Safe because labels and attention masks come from lengths here, never from comparing ids with the pad id.
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
     return tokenizer
 
 

@@ -5,13 +5,11 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from scalemlo.hf import data
+from scalemlo.hf.collate import PadCollator
 from scalemlo.hf.data import (
     InstructionDataset,
-    PadCollator,
     Row,
     corrupt,
     keep_short,
@@ -19,26 +17,12 @@ from scalemlo.hf.data import (
     split_rows,
     tokenize,
 )
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-WORDS = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "ask", "more", "be", "brief", "\n", "<unk>"]
-PAD, END, USER, ASSISTANT, SYSTEM, ASK, MORE, BE, BRIEF, NEWLINE = range(10)
+from tests.hf.words import ASK, ASSISTANT, BE, BRIEF, END, MORE, NEWLINE, SYSTEM, TEMPLATE, USER, WORDS, word_tokenizer
 
 
 @pytest.fixture
 def tokenizer():
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    vocabulary |= {f"a{number}": len(WORDS) + number for number in range(40)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
-    fast.chat_template = TEMPLATE
-    return fast
+    return word_tokenizer()
 
 
 def answer(number: int) -> int:
@@ -180,7 +164,6 @@ def test_only_the_completion_and_its_end_have_labels(tokenizer):
     assert row == {
         "example_id": 7,
         "input_ids": prompt + completion,
-        "attention_mask": [1] * 9,
         "labels": [-100] * 6 + completion,
     }
 
@@ -219,7 +202,7 @@ def test_dataset_truncates_drops_and_reports(tokenizer, caplog):
         dataset = InstructionDataset(rows, tokenizer, max_length=8)
     assert [row["example_id"] for row in dataset] == [1, 2] and len(dataset) == 2
     assert dataset[1]["labels"] == [-100] * 5 + [answer(1), answer(2), answer(3)]
-    assert all(len(dataset[1][key]) == 8 for key in ("input_ids", "attention_mask", "labels"))
+    assert all(len(dataset[1][key]) == 8 for key in ("input_ids", "labels"))
     assert (dataset.num_dropped, dataset.num_truncated) == (1, 1)
     assert "dropped 1 of 3 rows" in caplog.text and "answers of 1" in caplog.text
 
@@ -234,11 +217,10 @@ def test_dataset_without_any_label_is_refused(tokenizer):
 
 def two_rows() -> list[data.TokenizedRow]:
     return [
-        {"example_id": 5, "input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": [-100, -100, 3, 4]},
+        {"example_id": 5, "input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
         {
             "example_id": 9,
             "input_ids": [1, 2, 2, 2, 3, 4],
-            "attention_mask": [1] * 6,
             "labels": [-100] * 4 + [3, 4],
         },
     ]
