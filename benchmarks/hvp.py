@@ -188,7 +188,7 @@ def gathered_storages() -> Iterator[Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from scalemlo.engines import fsdp, gather
+    from scalemlo.engines import gather, sharded
 
     class Storages(TorchDispatchMode):
         def __init__(self):
@@ -235,7 +235,7 @@ def gathered_storages() -> Iterator[Any]:
         return [x for x in tree_leaves(tree) if hasattr(x, "untyped_storage") and x.device.type != "meta"]
 
     storages = Storages()
-    places = [(fsdp, "gather_rows", "_gathering"), (gather.Packing, "gather", "_gathering")]
+    places = [(sharded, "gather_rows", "_gathering"), (gather.Packing, "gather", "_gathering")]
     places += [(gather.Packing, "reduce_scatter", "_reducing")]
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, kind), original in zip(places, originals, strict=True):

@@ -6,17 +6,20 @@ All are taken at one point, on the same batches and with the same dropout masks,
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .distributed import is_main_process
 from .graph import LevelGraph
 from .hypergradients import ImplicitHypergradient, Result
+from .scheduler import Scheduler
 from .second_order.errors import DerivativeError
 from .second_order.ghost import TOLERANCE, GhostProducts, disagreement, relative_difference
 from .shards import Shards
 from .tracking import History
 from .training import GradientResult, LevelTrainer
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +44,21 @@ class TickGradients:
         trainers: By name.
         history: Phases, skipped updates and solves are noted there.
         nonfinite: ``"raise"`` or ``"skip"``.
+        watchdog: Is told each phase.
+        scheduler: Has what a phase needs on the device.
     """
 
-    def __init__(self, graph: LevelGraph, trainers: Mapping[str, LevelTrainer], history: History, nonfinite: str):
+    def __init__(
+        self,
+        graph: LevelGraph,
+        trainers: Mapping[str, LevelTrainer],
+        history: History,
+        nonfinite: str,
+        watchdog: Watchdog,
+        scheduler: Scheduler,
+    ):
         self._graph, self._trainers, self._history, self._nonfinite = graph, trainers, history, nonfinite
+        self._watchdog, self._scheduler = watchdog, scheduler
         self.outer_step = 1
         self.record: dict[str, list[float]] = {}  # of the outer iteration in hand
         self._found: dict[str, tuple[Shards, float]] = {}
@@ -186,11 +200,11 @@ class TickGradients:
         """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
         problem = lower.asked_by(level, uppers)
         if self._takes_products(lower):
-            with self.phase(lower, "solve"):
+            with self.phase(lower, "solve", level):
                 result = lower.estimator.solve(v, problem)
             found = {n: -x for n, x in self._gradient_with_products(lower, result.value, uppers).items()}
         else:
-            with self.phase(lower, "hypergradient"):
+            with self.phase(lower, "hypergradient", level):
                 found, result = lower.estimator.pull_back(v, problem)
             if isinstance(lower.estimator, ImplicitHypergradient) and lower.estimator.chooses_method:
                 self.note(f"ghost/{lower.name}", 0.0)
@@ -324,17 +338,37 @@ class TickGradients:
             f"the {phase} is {value}. Lower the learning rate, set max_grad_norm, or use nonfinite='skip' to leave "
             "such updates out."
         )
-        if trainer.scaler.enabled and phase != "loss":  # fp16 overflow: part of dynamic loss scaling, not an error
-            trainer.scaler.update(overflowed=True)
+        scalers = [t.scaler for t in self._scaling(trainer, phase) if t.scaler.enabled]
+        if scalers and phase != "loss":  # fp16 overflow: part of dynamic loss scaling, not an error
+            for scaler in scalers:
+                scaler.update(overflowed=True)
             raise SkipTick(message, key=None)
         if self._nonfinite == "skip":
             raise SkipTick(message, key=f"{trainer.name}/{phase}")
         raise NonFiniteError(message)
 
+    def _scaling(self, trainer: LevelTrainer, phase: str) -> list[LevelTrainer]:
+        """Levels whose scale a phase's passes use: products of a hypergradient are taken of the losses below."""
+        below = [n for n in self._graph.order if trainer.name in self._graph.ancestors(n)]
+        return [trainer, *(self._trainers[n] for n in below if phase == "hypergradient")]
+
     # ---- notes ----------------------------------------------------------------------------------------------------
-    def phase(self, trainer: LevelTrainer, name: str):
-        """Time a phase of a level."""
-        return self._history.phase(trainer.name, name, trainer.engine.device)
+    @contextmanager
+    def phase(self, trainer: LevelTrainer, name: str, asking: LevelTrainer | None = None) -> Iterator[None]:
+        """Run a phase of a level: its states on the device, timed, and the watchdog told.
+
+        Args:
+            trainer: The level.
+            name: Of the phase.
+            asking: Where it runs the level's estimator, the level whose gradient is being computed.
+        """
+        with (
+            self._watchdog.phase(self.outer_step, f"{trainer.name}: {name}"),
+            self._scheduler.phase(trainer, name, asking) as moves,
+            self._history.phase(trainer.name, name, trainer.engine.device),
+        ):
+            yield
+        self._history.note_moves(trainer.name, name, moves.num_bytes, moves.seconds)
 
     def _note_solve(self, lower: LevelTrainer, result: Result) -> None:
         """Record how a solve ended; say once per level and ending what was not as asked for."""

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,17 +11,21 @@ import torch
 from tqdm.auto import tqdm
 
 from .binding import bind, describe
-from .checkpoint import Checkpointing, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpointing, load_checkpoint, save_checkpoint, saving
 from .distributed import any_rank, check_same_on_all_ranks, initialize, is_main_process, rank, world_size
 from .engines import DDP, EngineSpec, ModuleView, Single
 from .gradients import NonFiniteError, SkipTick, TickGradients
 from .graph import LevelGraph
 from .hypergradients import Hypergradient
 from .level import Level
+from .listener import Listener
+from .scheduler import Memory, Phase, Scheduler, StateName
+from .scheduler.phases import states_of
 from .shards import Shards
 from .tracking import History
 from .training import LevelTrainer
 from .undo import undone
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from .check import CheckReport
@@ -49,6 +53,12 @@ class Program:
         nonfinite: What to do when a loss, gradient or hypergradient is NaN or infinite: ``"raise"`` an error naming
             level, step and phase, or ``"skip"`` all updates of that tick and count it in ``history.skipped``.
         device: Device of this rank; by default the accelerator that ``LOCAL_RANK`` picks, else the CPU.
+        phase_timeout_seconds: A run on several ranks in which one stays longer than this in one phase (a gradient, a
+            solve, a step, the callbacks, a checkpoint), or between two, is ended: every rank prints where all are, and
+            leaves with status 124. By default 25 minutes, before the process group gives up; None waits for ever.
+        memory: How much of its device a rank may take, as ``"70GiB"`` or :class:`scalemlo.Memory`. States that a phase
+            does not need then leave the device for the host or a disk where they must, see ``docs/memory.md``; results
+            are the same bit for bit. None moves nothing.
 
     Raises:
         ValueError: For anything that cannot work, before any training; messages name the level and the way out.
@@ -62,19 +72,29 @@ class Program:
         seed: int = 0,
         nonfinite: Literal["raise", "skip"] = "raise",
         device: torch.device | None = None,
+        phase_timeout_seconds: float | None = 1500.0,
+        memory: Memory | int | str | None = None,
     ):
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
+        self._watchdog = Watchdog(phase_timeout_seconds)
         self.graph = LevelGraph(levels)
         self.device = initialize(device)
         check_same_on_all_ranks([line for level in self.graph.levels for line in describe(level, engine)])
         self.history = History()
+        self.extra_state: dict[str, Any] = {}
+        """Values of callbacks and recipes, as JSON takes them: saved with every checkpoint, put back by :meth:`load`.
+        Look them up anew after a load; the same on every rank, of which rank 0's are kept."""
         self.num_steps = 0
         self._generator = torch.Generator().manual_seed(seed)
         default = engine or (Single() if world_size() == 1 else DDP())
         self.trainers = bind(self.graph, default, self.device, seed)
-        self._gradients = TickGradients(self.graph, self.trainers, self.history, nonfinite)
-        self._stop = False
+        self._scheduler = Scheduler(self.trainers, self.device, memory)
+        self._gradients = TickGradients(
+            self.graph, self.trainers, self.history, nonfinite, self._watchdog, self._scheduler
+        )
+        self.listener = Listener()
+        self._stop = self._is_done = False
 
     # ---- running -------------------------------------------------------------------------------------------------
     def run(
@@ -89,12 +109,13 @@ class Program:
         """Train for some outer iterations (steps of the top levels).
 
         Ctrl-C, or the SIGTERM of a scheduler that takes the machine back, ends the run after the iteration in hand, on
-        all ranks, with ``history.interrupted`` set; a second one raises ``KeyboardInterrupt`` at once.
+        all ranks, with ``history.interrupted`` set; a second Ctrl-C raises ``KeyboardInterrupt`` at once.
 
         Args:
             steps: Number of outer iterations; with ``resume``, those before the checkpoint included, so that the same
                 call finishes what an earlier one began.
-            callbacks: Called after each.
+            callbacks: Called after each. One that is a context manager is entered before the first and left at the end,
+                however that comes.
             progress: Whether rank 0 shows a progress bar with a loss per level.
             checkpoint: When and where to write checkpoints; see :meth:`save` for what they hold.
             resume: True goes on from the latest complete checkpoint in the folder of ``checkpoint``; a path, from the
@@ -116,22 +137,37 @@ class Program:
             steps -= self.num_steps
         if checkpoint is not None:
             checkpoint.check_folder(self.num_steps)
-        self._stop = self.history.interrupted = False
+        self._stop = self._is_done = self.history.interrupted = False
         bar = tqdm(total=max(steps, 0), disable=not (progress and is_main_process()), unit="step")
-        with bar, self._stop_on_interrupt():
+        with (
+            bar,
+            self._stop_on_interrupt(),
+            self._watchdog.watching(),
+            ExitStack() as entered,
+            saving(checkpoint) as save,
+        ):
+            for callback in callbacks:
+                if isinstance(callback, AbstractContextManager):
+                    entered.enter_context(callback)
             for i in range(steps):
                 record = self.step()
                 bar.set_postfix({n: f"{record[f'loss/{n}']:.4g}" for n in self.graph.order if f"loss/{n}" in record})
                 bar.update()
-                for callback in callbacks:
-                    callback(self, record)
+                with self._watchdog.phase(self.num_steps, "callbacks"):
+                    for callback in callbacks:
+                        callback(self, record)
                 self.history.interrupted = any_rank(self._stop)
-                is_last = self.history.interrupted or i == steps - 1
+                is_last = self.history.interrupted or self._is_done or i == steps - 1
                 if checkpoint is not None and (is_last or self.num_steps % checkpoint.every == 0):
-                    save_checkpoint(self, checkpoint.folder, checkpoint.save_total_limit)
+                    with self._watchdog.phase(self.num_steps, "save checkpoint"), self._scheduler.resident():
+                        save(self)
                 if is_last:
                     break
         return self.history
+
+    def stop(self) -> None:
+        """End :meth:`run` after the iteration in hand; for callbacks and listeners, on every rank."""
+        self._is_done = True
 
     def step(self) -> dict[str, float]:
         """One outer iteration.
@@ -140,8 +176,12 @@ class Program:
             Its record, see :class:`History`.
         """
         self._gradients.outer_step, self._gradients.record = self.num_steps + 1, {}
-        for tick in range(1, self.graph.ticks_per_step + 1):
-            self._tick(tick)
+        with self._scheduler.timeline.iteration():
+            for tick in range(1, self.graph.ticks_per_step + 1):
+                self._scheduler.timeline.tick = tick
+                self.listener.on_tick_begin()
+                self._tick(tick)
+                self.listener.on_tick_end()
         self.num_steps += 1
         record = {"step": float(self.num_steps)} | {k: sum(v) / len(v) for k, v in self._gradients.record.items()}
         self.history.steps.append(record)
@@ -172,7 +212,8 @@ class Program:
         """At the last tick of an outer iteration, batches taken, for a look; the steps that it needs are undone."""
         self._fetch(list(self.trainers.values()))
         unrolled = [t for t in self.trainers.values() if t.unrolls]
-        with undone(unrolled):
+        states = [state for trainer in unrolled for state in states_of(trainer)]
+        with self._scheduler.resident(states), undone(unrolled):
             for trainer in unrolled:
                 for position in range(trainer.level.unroll_steps):
                     if position > 0:
@@ -196,7 +237,8 @@ class Program:
         """
         from .check import check_program
 
-        return check_program(self, estimators)
+        with self._scheduler.resident():
+            return check_program(self, estimators)
 
     @contextmanager
     def inference(self, level: str) -> Iterator[ModuleView]:
@@ -212,7 +254,8 @@ class Program:
         training = engine.module.training
         engine.module.eval()
         try:
-            with torch.no_grad(), engine.live_pass(wanted=False, last=True):
+            resident = self._scheduler.resident([StateName("weights", engine.name)])
+            with resident, torch.no_grad(), engine.live_pass(wanted=False, last=True):
                 yield self.trainers[level].view
         finally:
             engine.module.train(training)
@@ -224,15 +267,46 @@ class Program:
             level: Name of the level.
             trainable_only: Whether to leave frozen parameters and buffers out.
         """
-        return self.trainers[level].engine.full_state_dict(trainable_only=trainable_only)
+        engine = self.trainers[level].engine
+        with self._scheduler.resident([StateName("weights", engine.name)]):
+            return engine.full_state_dict(trainable_only=trainable_only)
+
+    @contextmanager
+    def resident(self, *levels: str) -> Iterator[None]:
+        """Have the states of some levels on the device, to read or change their tensors between outer iterations.
+
+        Within a memory budget they may be elsewhere. Tensors got inside must not be used after it.
+
+        Args:
+            *levels: Names; none for all levels, whatever the budget.
+
+        Yields:
+            Nothing.
+        """
+        states = [state for level in levels for state in states_of(self.trainers[level])]
+        with self._scheduler.resident(states if levels else None):
+            yield
+
+    def phases(self) -> tuple[Phase, ...]:
+        """What the last outer iteration consisted of, in order, and which states each phase used.
+
+        Returns:
+            The phases; the next iteration is expected to be alike.
+
+        Raises:
+            ValueError: If none has run yet.
+        """
+        if not self._scheduler.timeline.phases:
+            raise ValueError("no outer iteration has run yet, so its phases are not known; call step() or run() first.")
+        return self._scheduler.timeline.phases
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint: ``folder/step-000123``, complete or not there. Collective, between outer iterations.
 
         Holds per level weights, optimizer state by parameter name, optimizer options, scheduler, loss scaler and the
-        estimator's memory; of the program steps, history and generator; of every rank random states, positions in the
-        data and persistent buffers. Frozen parameters are not in it: they come from the model itself, and only their
-        names, shapes and dtypes are compared when it is loaded. Each rank writes its own shards.
+        estimator's memory; of the program steps, history, ``extra_state`` and generator; of every rank random states,
+        positions in the data and persistent buffers. Frozen parameters are not in it: they come from the model itself,
+        and only their names, shapes and dtypes are compared when it is loaded. Each rank writes its own shards.
 
         Args:
             folder: Of this run's checkpoints, on a file system that all ranks share; created if needed.
@@ -240,7 +314,8 @@ class Program:
         Returns:
             The folder of this one.
         """
-        return save_checkpoint(self, folder)
+        with self._watchdog.phase(self.num_steps, "save checkpoint"), self._scheduler.resident():
+            return save_checkpoint(self, folder)
 
     def load(self, folder: str | Path) -> Path:
         """Go on from a checkpoint. Collective.
@@ -255,7 +330,8 @@ class Program:
         Returns:
             The checkpoint that was read.
         """
-        return load_checkpoint(self, folder)
+        with self._scheduler.resident():
+            return load_checkpoint(self, folder)
 
     # ---- one tick ------------------------------------------------------------------------------------------------
     def _tick(self, tick: int) -> None:
@@ -278,13 +354,21 @@ class Program:
             self._gradients.clear()
             return
         self._gradients.check_reached(trainers)
+        losses = {}
+        for trainer in trainers:
+            name = trainer.name
+            losses[name], norm = (self._gradients.record[f"{key}/{name}"][-1] for key in ("loss", "gradient_norm"))
+            through = bool(self.graph.depends_on_best_responses(name))
+            self.listener.on_level_gradient(name, losses[name], norm, through)
         for trainer in trainers:
             with self._gradients.phase(trainer, "step"):
                 trainer.step(self._gradients.take(trainer.name))
             self._gradients.note(f"lr/{trainer.name}", float(trainer.optimizer.param_groups[0]["lr"]))
+            self.listener.on_level_step(trainer.name, losses[trainer.name])
 
     def _fetch(self, trainers: Sequence[LevelTrainer]) -> None:
         for trainer in trainers:
+            trainer.on_micro_batch = self.listener.on_micro_batch
             seed = int(torch.randint(2**48, (), generator=self._generator)) + rank()
             with self._gradients.phase(trainer, "data"):
                 trainer.fetch(seed)
@@ -298,7 +382,7 @@ class Program:
             return
 
         def handler(signum: int, frame: Any) -> None:
-            if self._stop:
+            if self._stop and signum == signal.SIGINT:  # a scheduler's SIGTERM comes twice: the launcher forwards it
                 raise KeyboardInterrupt
             self._stop = True
 

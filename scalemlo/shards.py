@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed import communication_device
+
 
 class Shards(Mapping[str, Tensor]):
     """Vector algebra on ``{parameter name: local shard}``.
@@ -99,9 +101,11 @@ class Shards(Mapping[str, Tensor]):
         parts = list(parts)
         device = parts[0].device if parts else torch.device("cpu")
         total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=device)
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
+        if self.group is None:
+            return total
+        reduced = total.to(communication_device())  # shards may lie on the host
+        dist.all_reduce(reduced, group=self.group)
+        return reduced.to(device)
 
     def _zip(self, other: "Shards", fn: Callable[[Tensor, Tensor], Tensor]) -> "Shards":
         self._check_names(other)

@@ -185,7 +185,8 @@ def _restore_level(trainer: "LevelTrainer", state: Mapping[str, Any], keeps_memo
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     if trainer.scaler.enabled and state["scaler"]["enabled"]:
-        trainer.scaler.scale, trainer.scaler.num_good = state["scaler"]["scale"], state["scaler"]["num_good"]
+        for key in ("scale", "num_good", "num_overflows"):  # checkpoints of format 1 lack the last
+            setattr(trainer.scaler, key, state["scaler"].get(key, getattr(trainer.scaler, key)))
     trainer.memory.clear()
     for asking, kept in state["memory"].items() if keeps_memory else ():
         directions = {

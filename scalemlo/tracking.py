@@ -22,6 +22,8 @@ class PhaseStats:
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
+    moved_bytes: int = 0  # onto the device and off it, for the phase and before it
+    moved_seconds: float = 0.0
 
     def as_row(self) -> dict[str, float]:
         """Plain numbers."""
@@ -30,6 +32,8 @@ class PhaseStats:
             "wall_seconds": round(self.wall_seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
             "peak_bytes": self.peak_bytes,
+            "moved_bytes": self.moved_bytes,
+            "moved_seconds": round(self.moved_seconds, 3),
         }
 
 
@@ -73,6 +77,12 @@ class History:
             stats.wall_seconds += time.perf_counter() - wall
             stats.cpu_seconds += time.process_time() - cpu
             stats.peak_bytes = max(stats.peak_bytes, peak_bytes(device))
+
+    def note_moves(self, level: str, name: str, num_bytes: int, seconds: float) -> None:
+        """Add what was moved onto the device and off it for a phase that has run."""
+        stats = self.phases[f"{level}/{name}"]
+        stats.moved_bytes += num_bytes
+        stats.moved_seconds += seconds
 
     def save(self, folder: str | Path) -> None:
         """Write ``history.csv`` (one row per step) and ``phases.json``."""

@@ -18,7 +18,6 @@ from .engines.base import ParameterBlock
 from .hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from .hypergradients.base import Method
 from .level import Level, check_loss
-from .precision import LossScaler
 from .rng import seeded
 from .second_order.ghost import GhostProducts
 from .second_order.hessian import HessianOperator, Products, hessian
@@ -52,13 +51,17 @@ class LevelTrainer:
         self.view = ModuleView(engine)
         self.others: dict[str, LevelTrainer] = {}
         self.optimizer = _bind_optimizer(level, self.block)
+        engine.spec.check_level(level, self.optimizer)
+        engine.adopt(self.optimizer)
         self.scheduler = _bind_scheduler(level, self.optimizer)
         self.estimator: Hypergradient = level.hypergradient or Identity()
-        self.scaler = LossScaler.for_dtype(engine.spec.dtype)
+        self.scaler = engine.spec.loss_scaler()
         self.num_steps = 0
         self.batches: list[Any] = []
         self.memory: dict[str, dict[str, Any]] = {}  # of the estimator, by the level that asks
         self.trajectory: Trajectory | None = None  # the steps since the levels above moved, where an estimator asks
+        self.on_micro_batch: Callable[[str], None] = lambda level: None  # see :class:`scalemlo.listener.Listener`
+        self._num_heard = 0  # micro-batches of this step that it has been told of
         self._seed = 0
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
@@ -85,7 +88,15 @@ class LevelTrainer:
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         """State of one parameter as local shards."""
         state = self.optimizer.state.get(self.engine.parameters[name], {})
-        return {key: self.engine.to_local(t) if isinstance(t, Tensor) else t for key, t in state.items()}
+        local = {key: self.engine.to_local(t) if isinstance(t, Tensor) else t for key, t in state.items()}
+        for key, t in local.items():
+            if isinstance(t, Tensor) and t.numel() and not t.untyped_storage().nbytes():
+                raise ValueError(
+                    f"level {self.name!r}: {key!r} of its optimizer is off the device, to keep to the program's memory "
+                    "budget. Read it inside `with program.resident(level):`; an estimator that does must say "
+                    "reads_optimizer = True."
+                )
+        return local
 
     def parameter_group(self, name: str) -> Mapping[str, Any]:
         """The parameter group that holds a parameter."""
@@ -102,7 +113,7 @@ class LevelTrainer:
         self.batches = (
             [self.stream.next() for _ in range(self.level.gradient_accumulation_steps)] if self.stream else [None]
         )
-        self._seed = seed
+        self._seed, self._num_heard = seed, 0
 
     def evaluate(self, batch: Any) -> Tensor:
         """This rank's loss on one micro-batch, modules seen through their views."""
@@ -154,6 +165,9 @@ class LevelTrainer:
                         self._backward(loss, scale, [self.engine])
                         self._backward(ghost.upper_loss(scale), scale, [e for e in engines if e is not self.engine])
                 total += loss.detach() / len(self.batches)
+                if self._num_heard == i < len(self.batches) - 1:  # a step may take several passes: the first is told
+                    self._num_heard += 1
+                    self.on_micro_batch(self.name)
         reached, gradients = {}, {}
         for trainer in (*wanted, *probe):
             taken = trainer.engine.take_gradients(trainer.block.names)
@@ -227,7 +241,7 @@ class LevelTrainer:
         if position % unroll_steps == 0:
             self.trajectory = None
         if position % unroll_steps == unroll_steps - num_steps:
-            self.trajectory = Trajectory(num_steps, self.engine.device)
+            self.trajectory = Trajectory(num_steps, self.engine.shards_device)
 
     def step(self, gradient: Shards) -> None:
         """One step of the optimizer and of the learning-rate scheduler."""

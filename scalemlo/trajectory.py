@@ -95,7 +95,7 @@ class Trajectory:
 
     Args:
         num_steps: How many are going to be recorded.
-        device: Where the level computes.
+        device: Where the level's shards lie.
     """
 
     def __init__(self, num_steps: int, device: torch.device):
@@ -104,6 +104,13 @@ class Trajectory:
         self.peak_bytes = 0
         self._device = device
         self._kept: list[LevelState] = []  # before steps 0, stride, 2 stride, ...
+
+    def held_tensors(self) -> Iterator[Tensor]:
+        """All tensors of the states it keeps."""
+        for state in self._kept:
+            yield from state.weights.values()
+            for moments in state.optimizer.values():
+                yield from moments.values()
 
     @property
     def num_steps(self) -> int:

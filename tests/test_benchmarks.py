@@ -39,6 +39,18 @@ def test_hessian_vector_products(tmp_path):
 
 
 @pytest.mark.full
+def test_shard_scaling(tmp_path):
+    pytest.importorskip("deepspeed")
+    found = figures("shard_scaling", tmp_path)
+    for place in ("fsdp_w2", "zero3_w2", "zero3_offload_w2"):
+        assert found[f"over_ideal_{place}"] < 1.05
+    assert found["over_ideal_zero1_w2"] > found["over_ideal_zero2_w2"] > 1.05  # whole gradients, whole weights
+    for place in ("fsdp_w2", "zero3_w2"):
+        assert found[f"error_{place}"] < 1e-5
+        assert found[f"held_units_{place}"] <= 2.1
+
+
+@pytest.mark.full
 def test_fidelity(tmp_path):
     found = figures("fidelity", tmp_path)
     assert found["worst_relative_error_fp64"] < 1e-10

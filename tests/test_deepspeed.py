@@ -132,9 +132,9 @@ def test_every_estimator(stage):
         assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_points_the_same_way(stage):
-    names = ["identity, forward", "neumann"][: stage - 1]
+    names = ["identity, forward", "neumann"] if stage == 3 else ["identity, forward"]
     for by_case in run_ranks(hypergradients, 2, mlo.DeepSpeed(stage=stage, dtype="bf16"), "llama", names):
         for name, found in by_case.items():
             a, b = (torch.cat([t[n].double().flatten() for n in found]) for t in (found, exact(name, "llama")))
@@ -203,37 +203,6 @@ def test_methods_and_parameters_that_a_micro_batch_does_not_reach():
     for by_stage in run_ranks(all_stages, 1):
         for weights in by_stage:
             assert relative_error(weights, expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(stage=0), "stage 0"),
-        (dict(dtype="fp16"), "fp16 is not supported on DeepSpeed yet"),
-        (dict(config={"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}), "ZenFlow"),
-        (dict(config={"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}), "Muon"),
-        (dict(config={"zero_optimization": {"zero_quantized_weights": True}}), "quantised"),
-        (dict(config={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}), "offload is not supported yet"),
-        (dict(config={"compile": {"deepcompile": True}}), "DeepCompile"),
-        (dict(config={"bf16": {"enabled": True}}), "dtype of the engine"),
-        (dict(config={"gradient_accumulation_steps": 4}), "scalemlo accumulates"),
-        (dict(config={"gradient_clipping": 1.0}), "max_grad_norm"),
-        (dict(config={"zero_optimization": {"stage": 2}}), r"DeepSpeed\(stage="),
-        (dict(config={"sparse_attention": {"mode": "fixed"}}), "sparse_attention.mode='fixed' is refused"),
-        (dict(config="nowhere.json"), "not a readable JSON file"),
-    ],
-)
-def test_refusals_name_the_key(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mlo.DeepSpeed(**arguments)
-
-
-def test_keys_that_agree_or_tune_are_taken():
-    agreed = {"train_batch_size": "auto", "bf16": {"enabled": False}, "zero_optimization": {"stage": 3}}
-    agreed["zero_optimization"] |= {"reduce_bucket_size": 1000, "offload_param": None}
-    spec = mlo.DeepSpeed(config=agreed)
-    assert spec.config == (("zero_optimization.reduce_bucket_size", 1000),)
-    assert spec == mlo.DeepSpeed(config={"zero_optimization": {"reduce_bucket_size": 1000}})
 
 
 def test_a_module_that_is_not_fp32_is_refused():

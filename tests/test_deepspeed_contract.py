@@ -12,23 +12,28 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 COMMON = ["clear_backward_seen_flag", "set_gradient_accumulation_boundary", "backward_epilogue", "zero_grad"]
-COMMON += ["overlapping_partition_gradients_reduce_epilogue", "averaged_gradients", "ipg_buckets"]
+COMMON += ["overlapping_partition_gradients_reduce_epilogue", "ipg_buckets"]
 BY_STAGE = {
     3: ["fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "micro_step_id"]
     + ["grad_partitions_flat_buffer", "_partition_all_parameters", "_unflatten_partitioned_parameters"]
     + ["invalidate_secondary_tensor"],
     2: ["bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "bit16_groups_flat"]
     + ["real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size", "all_grad_tensors"]
-    + ["reduce_gradients", "setup_buckets"],
+    + ["reduce_gradients", "setup_buckets", "averaged_gradients", "finalize_gradient_accumulation_boundary"],
 }
 BY_STAGE[1] = BY_STAGE[2]
+OFFLOADED = {
+    3: ["grad_partitions_flat_buffer"],
+    2: ["accumulated_grads_in_cpu", "_offload_accumulated_param_ids", "micro_step_id"],
+}
+OFFLOADED[1] = OFFLOADED[2]
 
 
-def partitioned(stage: int):
+def partitioned(stage: int, **options):
     from scalemlo.engines import DeepSpeed
 
     module = nn.Linear(5, 3)
-    spec = DeepSpeed(stage=stage)
+    spec = DeepSpeed(stage=stage, **options)
     return spec.wrap(module, name="linear", device=torch.device("cpu"), may_skip_parameters=False)
 
 
@@ -51,7 +56,21 @@ def test_names_exist(stage):
         for bucket in optimizer.ipg_buckets.values():
             assert {"params", "elements"} <= set(vars(bucket))
 
+        offloaded = partitioned(stage, offload_optimizer=True)._partition
+        missing = [n for n in OFFLOADED[stage] if not hasattr(offloaded._optimizer, n)]
+        assert not missing, missing
+        assert offloaded.is_offloaded and not partition.is_offloaded
+        assert stage == 3 or all(master.grad.dtype == torch.float32 for master in offloaded.masters)
+        low = partitioned(stage, dtype="bf16")  # a class of its own at stage 1, if DeepSpeed may choose
+        assert type(low._partition._optimizer) is type(optimizer)
+
     run_ranks(body, 1)
+
+
+def test_deepspeeds_own_adam_calls_one_kernel():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    assert "self.ds_opt_adam.adam_update(" in inspect.getsource(DeepSpeedCPUAdam.step)
 
 
 def test_functions_take_what_they_are_given():

@@ -52,7 +52,7 @@ def initialize(module: nn.Module, config: Mapping[str, Any], device: torch.devic
     trainable = [p for p in module.parameters() if p.requires_grad]
     # Stages 1 and 2 flatten and split whole groups: with a group per parameter every rank has a part of each of them.
     groups = [{"params": trainable}] if stage == 3 else [{"params": [p]} for p in trainable]
-    with _launcher_variables():
+    with _launcher_variables(), _partitioning_optimizer():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=torch.optim.SGD(groups, lr=0.0), config=dict(config), dist_init_required=False
@@ -96,6 +96,20 @@ def _launcher_variables() -> Iterator[None]:
             os.environ.pop(key, None)
 
 
+@contextmanager
+def _partitioning_optimizer() -> Iterator[None]:
+    """For bf16 at stage 1 DeepSpeed would take an optimizer that keeps its masters otherwise; have ZeRO's."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
 class Partition(ABC):
     """A module that DeepSpeed partitioned, seen parameter by parameter.
 
@@ -125,6 +139,10 @@ class Partition(ABC):
     @abstractmethod
     def local(self, p: nn.Parameter) -> Tensor:
         """This rank's part of a parameter, flat: a view of the master, or of the weights if it is frozen."""
+
+    @abstractmethod
+    def published(self, p: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter to compute with, between two passes."""
 
     @abstractmethod
     def shape(self, p: nn.Parameter) -> torch.Size:
@@ -222,6 +240,10 @@ class Stage3(Partition):
         i, offset, _ = self._places[p]
         return self.masters[i].detach().narrow(0, offset, self._rows(p))
 
+    def published(self, p: Any) -> Tensor:
+        """See :meth:`Partition.published`; its part."""
+        return p.ds_tensor
+
     def shape(self, p: Any) -> torch.Size:
         """See :meth:`Partition.shape`."""
         return torch.Size(p.ds_shape)
@@ -293,6 +315,10 @@ class Stages1And2(Partition):
             return self.masters[self._groups[p]].detach()
         chunk = -(-p.numel() // world_size())
         return p.detach().view(-1)[chunk * rank() : chunk * (rank() + 1)]
+
+    def published(self, p: nn.Parameter) -> Tensor:
+        """See :meth:`Partition.published`; all of it."""
+        return p
 
     def shape(self, p: nn.Parameter) -> torch.Size:
         """See :meth:`Partition.shape`."""

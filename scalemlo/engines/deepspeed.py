@@ -156,6 +156,11 @@ class DeepSpeedEngine(ShardedEngine):
         """This rank's entries of the flattened parameter."""
         return self._partition.local(self._live[name])
 
+    def held_tensors(self) -> Iterator[Tensor]:
+        """See :meth:`Engine.held_tensors`; masters, and the weights DeepSpeed computes with."""
+        yield from super().held_tensors()
+        yield from (self._partition.published(p) for p in self._live.values())
+
     def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's entries of the flattened tensors; what lies beyond a parameter's end is zero."""
         shards = {}

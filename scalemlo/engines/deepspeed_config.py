@@ -61,8 +61,6 @@ OFF = {
     "zero_optimization.zero_hpz_partition_size": 1,
     "zero_optimization.mics_shard_size": -1,
     "zero_optimization.offload_optimizer.ratio": 1.0,
-    "zero_optimization.offload_optimizer.device": "none",
-    "zero_optimization.offload_param.device": "none",
     "fp16.loss_scale": 0,
 }
 """Values that switch off what is refused otherwise, where False does not."""
@@ -84,8 +82,10 @@ REASONS = {
     "moe": "experts are not reduced over the ranks that derivatives are",
     "zero_optimization.cpu_offload": "it is deprecated; write offload_optimizer: {device: cpu}",
     "zero_optimization.cpu_offload_param": "it is deprecated; write offload_param: {device: cpu}",
-    "zero_optimization.offload_optimizer.device": "the optimizer steps masters in memory; use 'cpu'",
-    "zero_optimization.offload_param.device": "derivatives gather weights from memory; use 'cpu'",
+    "zero_optimization.offload_optimizer.device": "the optimizer steps masters in memory; use 'cpu', or 'none' and no "
+    "offload_optimizer=True",
+    "zero_optimization.offload_param.device": "derivatives gather weights from memory; use 'cpu', or 'none' and no "
+    "offload_parameters=True",
     "zero_optimization.offload_optimizer": "the level's optimizer steps all of the masters, in one place",
     "zero_optimization.zenflow": "ZenFlow gives other gradients than those of the loss",
     "zero_optimization.zero_quantized_weights": "quantised gathers give other weights than derivatives are taken at",
@@ -175,6 +175,7 @@ def checked(given: Mapping[str, Any], spec: "DeepSpeed") -> Config:
         ValueError: For a value that contradicts the engine, and for keys that are refused.
     """
     ours = _flat(settings(spec, {}))
+    harmless = {f"zero_optimization.{section}.device": "none" for section in OFFLOADS} | ours | OFF
     kept = {}
     for key, value in given.items():
         if key in FIELDS:
@@ -182,14 +183,9 @@ def checked(given: Mapping[str, Any], spec: "DeepSpeed") -> Config:
         elif key in TUNABLE | OF_THE_LEVEL | LOSS_SCALE:
             if value is not None and (value != "auto" or key in SIZES) and _is_on(key, ours):
                 kept[key] = value
-        elif key not in WITHOUT_EFFECT and not _is_harmless(value, (OFF.get(key), ours.get(key))):
+        elif key not in WITHOUT_EFFECT and not (value is False or value in ("auto", None, harmless.get(key))):
             raise ValueError(f"DeepSpeed(config=...): {key}={value!r} is refused: {_reason(key)}.")
     return tuple(sorted(kept.items()))
-
-
-def _is_harmless(value: Any, expected: tuple) -> bool:
-    """Whether a value leaves the choice to us, switches something off, or is what we have anyway."""
-    return value is False or value in ("auto", None, *expected)
 
 
 def _is_on(key: str, ours: Mapping[str, Any]) -> bool:

@@ -133,6 +133,12 @@ class Hypergradient(ABC):
     unrolls: ClassVar[bool] = False
     """Whether it differentiates through steps the level took: they are recorded, and the level steps first."""
 
+    reads_optimizer: ClassVar[bool] = False
+    """Whether it reads the state of the lower level's optimizer, which is on the device only where this says so."""
+
+    evaluates_upper: ClassVar[bool] = False
+    """Whether it evaluates the upper loss: the modules that loss reads are on the device only where this says so."""
+
     @abstractmethod
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """One hop of the hypergradient, from the lower weights to the levels above.

@@ -102,6 +102,11 @@ class Neumann(CurvatureHypergradient):
         """Whether the optimizer's update, and so the gradient it is taken at, comes in."""
         return self.preconditioner == "optimizer"
 
+    @property
+    def reads_optimizer(self) -> bool:  # ty: ignore[incompatible-property-override]
+        """Whether the optimizer's moments come in: with its update."""
+        return self.needs_gradient
+
     def solve(self, v: Shards, problem: LowerProblem) -> Result:
         """Return the truncated series.
 

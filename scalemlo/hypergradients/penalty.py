@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..engines.base import ParameterBlock
 from ..second_order.held import held_at_weights
@@ -52,6 +53,8 @@ class Penalty(Hypergradient):
     Raises:
         ValueError: If a number is out of its range.
     """
+
+    evaluates_upper: ClassVar[bool] = True
 
     penalty: float = 10.0
     penalty_growth: float = 0.0

@@ -40,6 +40,7 @@ class Reinforce(UnrollingHypergradient):
 
     differentiates_upper: ClassVar[bool] = False
     scores: ClassVar[bool] = True
+    evaluates_upper: ClassVar[bool] = True
 
     baseline_decay: float = 0.9
 

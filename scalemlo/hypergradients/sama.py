@@ -23,6 +23,7 @@ class SAMA(ImplicitHypergradient):
     """
 
     needs_gradient: ClassVar[bool] = True
+    reads_optimizer: ClassVar[bool] = True
 
     def solve(self, v: Shards, problem: LowerProblem) -> Result:
         """Return D v.

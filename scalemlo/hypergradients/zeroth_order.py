@@ -37,6 +37,7 @@ class ZerothOrder(UnrollingHypergradient):
     """
 
     differentiates_upper: ClassVar[bool] = False
+    evaluates_upper: ClassVar[bool] = True
 
     num_directions: int = 1
     radius: float = 1e-2

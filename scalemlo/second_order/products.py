@@ -122,7 +122,7 @@ class LossAt:
             return moving, 1.0
         weights = math.hypot(*(float(block.shards().norm()) for block, _ in moving))
         size = math.hypot(*(float(v.norm()) for _, v in moving))
-        factor = weights / size if size > 0 and weights > 0 else 1.0
+        factor = weights / size if 0 < size < math.inf and weights > 0 else 1.0  # where it overflowed: as it is
         return [(block, v * factor) for block, v in moving], factor
 
     def directional_outputs(self, lower: ParameterBlock, v: Shards, wanted: Blocks) -> dict[str, Shards]:

@@ -53,7 +53,8 @@ class _Run:
         self.differentiable = [flat[i] for i in self._moving]
         for i in self._moving:
             self._flat[i] = None
-        device = next((x.device for x in self.differentiable), torch.device("cpu"))
+        devices = [x.device for x in self.differentiable if x.device.type != "cpu"]  # shards may lie on the host
+        device = devices[0] if devices else torch.device("cpu")
         self._rng = RNGState.capture(device)
         self._tangents: Sequence[Tensor | None] = ()
 
