@@ -21,8 +21,11 @@ from .hypergradients import (
 from .level import Level
 from .ops import constant, mean, sample, weighted_mean
 from .program import NonFiniteError, Program
+from .scheduler import Memory
+from .scheduler.plan import plan
 from .second_order.errors import DerivativeError
 from .shards import Shards
+from .trackers import TrackWith
 from .tracking import History
 
 __version__ = "0.1.0"
@@ -41,6 +44,7 @@ __all__ = [
     "Level",
     "LevelGraph",
     "Lower",
+    "Memory",
     "Neumann",
     "NonFiniteError",
     "Nystrom",
@@ -52,11 +56,13 @@ __all__ = [
     "SOBA",
     "Shards",
     "Single",
+    "TrackWith",
     "Unrolled",
     "Upper",
     "ZerothOrder",
     "constant",
     "mean",
+    "plan",
     "sample",
     "weighted_mean",
 ]

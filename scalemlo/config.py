@@ -8,6 +8,8 @@ it names; the launcher that started this process has a say in the engine, see :m
 
 import dataclasses
 import difflib
+import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -18,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_type_hints
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Discriminator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Discriminator, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from yaml import YAMLError
 
@@ -27,6 +29,10 @@ from .distributed import world_size
 from .engines import DDP, ENGINE_SHORTHANDS, ENGINES, EngineSpec, Single
 from .engines.base import DType
 from .hypergradients import ESTIMATORS
+from .provenance import Provenance
+from .trackers import tracker_names
+
+logger = logging.getLogger(__name__)
 
 STRICT = {"extra": "forbid"}
 """Put it into a config dataclass as ``__pydantic_config__``: unknown keys are errors."""
@@ -95,7 +101,7 @@ def _config_of(name: str, cls: Any) -> type:
         """Build once at the start: a value out of range is an error of the configuration."""
         built = build(self)
         # What was read from a file that a value names (DeepSpeed's) is kept, so that a saved run replays without it.
-        vars(self).update({n: getattr(built, n) for n in names})
+        vars(self).update({n: _nested(getattr(built, n)) for n in names})
 
     return make_dataclass(
         cls.__name__ + "Config",
@@ -106,6 +112,16 @@ def _config_of(name: str, cls: Any) -> type:
         kw_only=True,
         namespace={"__pydantic_config__": STRICT, "__doc__": cls.__doc__, "build": build, "__post_init__": check},
     )
+
+
+def _nested(value: Any) -> Any:
+    """Pairs of dotted key and value, as specs keep them to be hashable, as the mapping they are; others unchanged."""
+    if not (isinstance(value, tuple) and value and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)):
+        return value
+    tree = OmegaConf.create({})
+    for key, leaf in value:
+        OmegaConf.update(tree, key, list(leaf) if isinstance(leaf, tuple) else leaf)
+    return OmegaConf.to_container(tree)
 
 
 @dataclass(kw_only=True)
@@ -153,6 +169,9 @@ class RunConfig:
         num_processes: If set, the run refuses to start with another number of processes.
         engine: How modules are held: a name, or ``type`` and the options of that engine.
         nonfinite: ``raise`` or ``skip`` when a value is NaN or infinite.
+        report_to: Trackers that follow the run, such as ``tensorboard`` or ``[wandb, mlflow]``; ``none`` for none.
+        provenance: Where a run came from; written by runs into their ``run.yaml``. A replay ignores it, but warns of
+            versions that differ.
     """
 
     __pydantic_config__ = STRICT
@@ -162,6 +181,8 @@ class RunConfig:
     num_processes: int | None = None
     engine: EngineConfig = field(default_factory=AutoConfig)  # type: ignore[valid-type]
     nonfinite: Literal["raise", "skip"] = "raise"
+    report_to: Annotated[list[str] | str, AfterValidator(tracker_names)] = field(default_factory=list)
+    provenance: Provenance | None = None
 
 
 def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[RunConfig]]) -> RunConfig:
@@ -179,18 +200,7 @@ def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[Run
     Raises:
         ConfigError: Naming file, key, value and rule.
     """
-    malformed = [o for o in overrides if "=" not in o or o.startswith("-")]
-    if malformed:
-        raise ConfigError(f"overrides must look like key=value, got {malformed}.")
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such configuration file.")
-    try:
-        raw: Any = _merge(path, overrides)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    name = raw.get("recipe") if isinstance(raw, dict) else None
-    if name not in recipes:
-        raise ConfigError(f"{path}: recipe={name!r} is unknown; recipes are {sorted(recipes)}.")
+    raw, name = _read(path, overrides, recipes)
     problems = []
     engine = raw.pop("engine", None)
     try:
@@ -203,13 +213,62 @@ def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[Run
         problems += [_explain(problem, recipes[name]) for problem in error.errors()]
     if problems:
         raise ConfigError(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    _warn_of_differences(config, path)
     return config
 
 
+def recipe_of(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[RunConfig]]) -> str:
+    """Which recipe a file is for, whatever else is wrong with it.
+
+    Args:
+        path: YAML file.
+        overrides: ``key=value`` each.
+        recipes: Config dataclass by recipe name.
+
+    Returns:
+        The name.
+    """
+    return _read(path, overrides, recipes)[1]
+
+
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write a configuration that :func:`load` reads back."""
-    plain = TypeAdapter(type(config)).dump_python(config, mode="json")
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    """Write a configuration that :func:`load` reads back, with the provenance of this process."""
+    replay = f"# Replays this run: scalemlo train {path}\n"
+    Path(path).write_text(replay + to_yaml(dataclasses.replace(config, provenance=Provenance.here())))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration, defaults included."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The whole configuration as nested dicts, as JSON takes them."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _read(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[RunConfig]]) -> tuple[dict, str]:
+    malformed = [o for o in overrides if "=" not in o or o.startswith("-")]
+    if malformed:
+        raise ConfigError(f"overrides must look like key=value, got {malformed}.")
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such configuration file.")
+    try:
+        raw: Any = _merge(path, overrides)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    name = raw.get("recipe") if isinstance(raw, dict) else None
+    if name not in recipes:
+        raise ConfigError(f"{path}: recipe={name!r} is unknown; recipes are {sorted(recipes)}.")
+    return raw, name
+
+
+def _warn_of_differences(config: RunConfig, path: str | Path) -> None:
+    if config.provenance is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    differences = config.provenance.differences()
+    if differences:
+        logger.warning("%s was written under other conditions:\n  %s", path, "\n  ".join(differences))
 
 
 def _merge(path: str | Path, overrides: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from .launched import LAUNCHER_VARIABLES
+from .packaged import packaged
 
 TOKEN = "SCALEMLO_LAUNCH"
 """Environment variable that marks the processes of one launch."""
@@ -20,9 +21,7 @@ TOKEN = "SCALEMLO_LAUNCH"
 
 def configurations() -> dict[str, Path]:
     """The launch configurations by name: of the installed package, or of the checkout that it runs from."""
-    package = Path(__file__).parent
-    folders = [f for f in (package / "launch", package.parent / "launch") if f.is_dir()]
-    return {path.stem: path for folder in folders[:1] for path in sorted(folder.glob("*.yaml"))}
+    return packaged("launch")
 
 
 def launch(name: str, num_processes: int | None, arguments: Sequence[str]) -> int:

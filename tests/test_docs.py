@@ -90,6 +90,14 @@ def test_the_optimizer_of_the_page_is_that_of_torch(written):
         assert bool(hypergradient(estimator, adadelta).isfinite().all())
 
 
+def test_the_migrated_example_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "migrating_from_betty.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {"__name__": "migrating_from_betty"}
+    exec(block, names)
+    assert len(names["history"].column("loss/inner")) == 20
+    assert max(names["history"].column("gradient_norm/outer")) > 0
+
+
 def test_tables_name_every_estimator():
     for page in ("estimators.md", "papers.md"):
         rows = re.findall(r"^\| `(\w+)` \|", (DOCS / page).read_text(), re.M)

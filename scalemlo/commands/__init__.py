@@ -8,7 +8,7 @@ as one line and ends with status 2. Modules import what is slow inside ``run``, 
 from argparse import ArgumentParser, Namespace
 from typing import Protocol
 
-from . import assets, check, convert, train
+from . import assets, check, convert, cp, env, ls, plan, report, train, validate
 
 
 class Command(Protocol):
@@ -21,5 +21,16 @@ class Command(Protocol):
         """Do it; returns the exit status."""
 
 
-COMMANDS: dict[str, Command] = {"train": train, "check": check, "convert": convert, "assets": assets}
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "validate": validate,
+    "plan": plan,
+    "check": check,
+    "report": report,
+    "convert": convert,
+    "ls": ls,
+    "cp": cp,
+    "assets": assets,
+    "env": env,
+}
 """Command by name, in the order of the help."""

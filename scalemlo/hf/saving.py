@@ -1,53 +1,111 @@
 """Write what was trained in the format ``from_pretrained`` reads."""
 
+from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..distributed import barrier, is_main_process
+from ..checkpoint.ranks import Ranks
+from ..distributed import is_main_process
 from ..program import Program
+from ..weight_files import SHARD_BYTES, WeightFiles
 
 
 def save_pretrained(
-    program: Program, level: str, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    program: Program,
+    level: str,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Save a level's Hugging Face model, or its adapter if it is a PEFT model. Collective.
+
+    Weights are gathered one by one: rank 0 holds those of one file (an adapter is one file), the other ranks one
+    weight.
 
     Args:
         program: The program, on every rank.
         level: Name of the level.
         folder: Written by rank 0; created if needed.
         tokenizer: Saved beside the model.
+        max_shard_bytes: Size of a model's files.
 
     Raises:
         ValueError: If the level's module is neither a PEFT nor a transformers model.
     """
-    module = program.trainers[level].engine.module
+    engine = program.trainers[level].engine
+    module = engine.module
     is_adapter = isinstance(module, PeftModel)
     if not isinstance(module, (PeftModel, PreTrainedModel)):
         raise ValueError(f"level {level!r}: {type(module).__name__} has no save_pretrained; use Program.state_dict.")
-    state = program.state_dict(level, trainable_only=is_adapter)
-    if is_main_process():
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_adapter:
-            adapter = get_peft_model_state_dict(module, state_dict=state)
-            save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors")
-            config = module.peft_config[module.active_adapter]
-            config.inference_mode = True
-            config.save_pretrained(str(folder))
-        else:
-            _plain_model(module).save_pretrained(folder, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    barrier()
+    tensors = engine.full_tensors(trainable_only=is_adapter)
+
+    def write() -> None:
+        try:
+            if not is_main_process():
+                return
+            if is_adapter:
+                _write_adapter(module, tensors, Path(folder))
+            else:
+                write_model(tensors, folder, max_shard_bytes)
+                dtype = next(engine.dtypes[n] for n in engine.parameters)
+                write_config(module.config, module.generation_config, _class_name(module), dtype, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        finally:
+            for _ in tensors:  # the other ranks only gather; they must get to the end also where rank 0 fails
+                pass
+
+    with program.resident(level):
+        Ranks().together(write)
 
 
-def _plain_model(module: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture without weights: FSDP has changed the class of the live one."""
-    cls = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
-    with torch.device("meta"):
-        return cls(module.config)
+def write_model(tensors: Iterable[tuple[str, Tensor]], folder: str | Path, max_shard_bytes: int) -> None:
+    """Write the weights of a model; those of one file are in memory."""
+    files = WeightFiles(folder, "model", max_shard_bytes)
+    for name, tensor in tensors:
+        files.add(name, tensor)
+    files.finish()
+
+
+def write_config(
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    architecture: str,
+    dtype: torch.dtype,
+    folder: str | Path,
+) -> None:
+    """Write what ``from_pretrained`` needs beside the weights.
+
+    Args:
+        config: Of the model.
+        generation_config: Of the model, if it generates.
+        architecture: Name of its class.
+        dtype: Of the weights that were trained; ``from_pretrained`` casts all weights to it.
+        folder: Where.
+    """
+    config = deepcopy(config)
+    config.architectures, config.dtype = [architecture], dtype
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+
+
+def _write_adapter(module: PeftModel, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    files = WeightFiles(folder, "adapter_model")
+    for name, tensor in get_peft_model_state_dict(module, state_dict=dict(tensors)).items():
+        files.add(name, tensor)
+    files.finish()
+    config = deepcopy(module.peft_config[module.active_adapter])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _class_name(module: PreTrainedModel) -> str:
+    """FSDP has changed the class of the live model."""
+    return next(c.__name__ for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))

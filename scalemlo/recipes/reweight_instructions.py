@@ -12,9 +12,10 @@ AUROC of clean against corrupted examples, and by the held-out loss beside a pla
 Reference: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning"; Choe et al. 2023 (SAMA).
 """
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,12 @@ import scalemlo as mlo
 from .. import config as cfg
 from ..data import map_tensors
 from ..distributed import all_reduce_sum, is_main_process, rank, world_size
-from ..hf.data import InstructionDataset, PadCollator, corrupt, keep_short, load_instructions, split_rows
+from ..hf.collate import PadCollator
+from ..hf.data import InstructionDataset, corrupt, keep_short, load_instructions, split_rows
 from ..hf.losses import example_losses
 from ..hf.models import LoraSpec, load_causal_lm
 from ..hf.saving import save_pretrained
+from ..report import write_report
 from ..reporting import PHASE_HEADER, auroc, markdown_table, phase_rows, plot_reweighting, print_table
 
 
@@ -269,7 +272,7 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
         The program.
     """
     train = config.train
-    engine = config.engine.build(world_size())
+    engine = config.engine.build()
     collate = partial(_collate, data.collate)
     shuffled = partial(DataLoader, shuffle=True, drop_last=True, collate_fn=collate)
     finetune = dict(
@@ -285,6 +288,8 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
     rate = Rate(
         "rater",
         ExampleWeights(len(data.train)),
+        # `units` names blocks of the language model.
+        engine=replace(engine, units=None) if isinstance(engine, mlo.FSDP) else engine,
         data=shuffled(data.meta, batch_size=train.meta_batch_size),
         optimizer=config.weights.optimizer(),
         scheduler=config.weights.scheduler(train.steps),
@@ -331,33 +336,36 @@ def run(config: ReweightInstructionsConfig) -> bool:
         print(
             f"{config.model.name} on {len(data.train)} examples of {config.data.name} ({int(data.corrupted.sum())} "
             f"with shuffled answers), {len(data.meta)} clean ones above, {len(data.heldout)} held out; "
-            f"{config.engine.build(world_size())} on {world_size()} process(es)"
+            f"{config.engine.build()} on {world_size()} process(es)"
         )
 
     program = build_program(config, data, model, plain=False)
     pretrained = heldout_loss(program, data, train.eval_batch_size)
     first_losses = losses_of(program, data.train, data, train.eval_batch_size).cpu().numpy()
-    curves = {"reweighted": [(0, pretrained)], "plain": [(0, pretrained)]}
+    program.extra_state["held-out losses"] = [(0, pretrained)]
     checkpoints = folder / "checkpoints"
     saving = None
     if train.save_every:
         saving = mlo.Checkpointing(checkpoints, train.save_every, train.save_total_limit)
-    evaluate = _evaluator(config, data, curves["reweighted"])
+    evaluate = _evaluator(config, data)
     resume = checkpoints if train.resume else False
-    histories = {"reweighted": program.run(train.steps, callbacks=[evaluate], checkpoint=saving, resume=resume)}
+    callbacks = [evaluate, _tracker(config, "reweighted")]
+    histories = {"reweighted": program.run(train.steps, callbacks=callbacks, checkpoint=saving, resume=resume)}
     save_pretrained(program, "finetune", folder / "reweighted", tokenizer)
     weights = torch.sigmoid(program.state_dict("rater").get("logits", torch.zeros(0))).numpy()
     if is_main_process():
         _write_weights(folder, data, weights)
-    _add_last(program, data, config, curves["reweighted"])
+    _add_last(program, data, config)
+    curves = {"reweighted": program.extra_state["held-out losses"], "plain": [(0, pretrained)]}
 
     if not histories["reweighted"].interrupted:
         del program, model
         plain = build_program(config, data, _load(config)[0], plain=True)
         steps = train.steps * train.unroll_steps
-        every = _evaluator(config, data, curves["plain"], steps_per_outer=train.unroll_steps)
-        histories["plain"] = plain.run(steps, callbacks=[every])
-        _add_last(plain, data, config, curves["plain"], steps_per_outer=train.unroll_steps)
+        plain.extra_state["held-out losses"] = curves["plain"]
+        every = _evaluator(config, data, steps_per_outer=train.unroll_steps)
+        histories["plain"] = plain.run(steps, callbacks=[every, _tracker(config, "plain")])
+        _add_last(plain, data, config, steps_per_outer=train.unroll_steps)
     if is_main_process():
         _report(folder, data, weights, first_losses, curves, histories)
     return any(history.interrupted for history in histories.values())
@@ -374,19 +382,26 @@ def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
     return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
 
 
-def _evaluator(
-    config, data: Prepared, curve: list[tuple[int, float]], steps_per_outer: int = 1
-) -> mlo.program.Callback:
+def _tracker(config: ReweightInstructionsConfig, run_name: str) -> mlo.TrackWith:
+    folder = Path(config.output_dir)
+    values = cfg.plain(config) | {"run": run_name}
+    return mlo.TrackWith(config.report_to, folder / "trackers", run_name=run_name, project=folder.name, config=values)
+
+
+def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> mlo.program.Callback:
+    """Adds to the curve of held-out losses in the program's ``extra_state``, which a resumed run goes on with."""
+
     def evaluate(program: mlo.Program, record: dict[str, float]) -> None:
         step, left_over = divmod(program.num_steps, steps_per_outer)
         if config.train.eval_every and not left_over and step % config.train.eval_every == 0:
-            curve.append((step, heldout_loss(program, data, config.train.eval_batch_size)))
+            loss = heldout_loss(program, data, config.train.eval_batch_size)
+            program.extra_state["held-out losses"].append((step, loss))
 
     return evaluate
 
 
-def _add_last(program: mlo.Program, data: Prepared, config, curve: list, steps_per_outer: int = 1) -> None:
-    step = program.num_steps // steps_per_outer
+def _add_last(program: mlo.Program, data: Prepared, config, steps_per_outer: int = 1) -> None:
+    step, curve = program.num_steps // steps_per_outer, program.extra_state["held-out losses"]
     if curve[-1][0] != step:
         curve.append((step, heldout_loss(program, data, config.train.eval_batch_size)))
 
@@ -437,4 +452,9 @@ def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.
     (folder / "report.md").write_text(
         markdown_table(header, rows) + f"\n{spread}\n\n" + markdown_table(PHASE_HEADER, phases)
     )
-    print(f"wrote {folder}/report.png, report.md, weights.csv, weights.parquet, reweighted/ (for from_pretrained)")
+    summary = {"header": header, "rows": rows, "note": spread, "heldout": curves}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_report(folder)
+    print(
+        f"wrote {folder}/report.html, report.png, report.md, weights.csv, weights.parquet, reweighted/ (for from_pretrained)"
+    )
