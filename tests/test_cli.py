@@ -127,19 +127,21 @@ def test_ctrl_c_leaves_adapter_and_table(folder, num_ranks):
     overrides = ["train.steps=100000", f"output_dir={out}"]
     command = [sys.executable, "-m", "scalemlo", "train", str(folder / "run.yaml"), *launch, *overrides]
     environment = os.environ | ENVIRONMENT
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    log = folder / f"interrupted-{num_ranks}.log"
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        )
     try:
-        deadline = time.monotonic() + 100
-        while not (out / "run.yaml").exists() and time.monotonic() < deadline and process.poll() is None:
+        deadline = time.monotonic() + 200
+        while "finetune=" not in log.read_text() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
-        time.sleep(1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        stdout, stderr = process.communicate(timeout=100)
+        stdout, _ = process.communicate(timeout=100)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    stderr = log.read_text()
     assert process.returncode == 130
     assert "not run" in stdout and "reweighted" in stdout, stderr
     assert len(pd.read_csv(out / "weights.csv")) == 48

@@ -455,6 +455,4 @@ def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.
     summary = {"header": header, "rows": rows, "note": spread, "heldout": curves}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     write_report(folder)
-    print(
-        f"wrote {folder}/report.html, report.png, report.md, weights.csv, weights.parquet, reweighted/ (for from_pretrained)"
-    )
+    print(f"wrote {folder}/report.html, report.png, report.md, weights.csv, weights.parquet, reweighted/")

@@ -1,0 +1,89 @@
+"""Foretell memory, communication and time of a run, without GPUs, weights or a launcher.
+
+One outer iteration runs as one rank of many, on tensors without data. The model is made from its configuration; the
+tokenizer and the data are read, for the shapes of the batches. See docs/plan.md. Exit status 1 if it does not fit.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the file, the overrides, the machine, and what to show."""
+    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=fsdp")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default 1)")
+    parser.add_argument("--device-memory", metavar="SIZE", help="what a rank's device has, such as 80GiB")
+    parser.add_argument("--cpu", action="store_true", help="ranks compute on CPUs, not on accelerators")
+    parser.add_argument(
+        "--tflops", type=float, default=400.0, help="reached in matrix products, per rank (default 400)"
+    )
+    parser.add_argument("--link-gbps", type=float, default=400.0, help="sent by a rank, in 1e9 bits/s (default 400)")
+    parser.add_argument("--exact", action="store_true", help="simulate all layers of a deep model (slow)")
+    parser.add_argument("--no-advice", action="store_true", help="if it does not fit, do not look for what would")
+    parser.add_argument("--sweep", metavar="world-size=8,16", help="plan for several numbers of ranks; draws a PNG")
+    parser.add_argument("--show", choices=["phases"], help="also draw the phases, as a PNG")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the plan to this file")
+
+
+def run(options: Namespace) -> int:
+    """Plan."""
+    from .. import config as cfg
+    from ..recipes import RECIPES
+    from ..reporting import print_table
+    from ..scheduler import advice as advise
+    from ..scheduler.pictures import plot_phases, plot_sweep
+    from ..scheduler.plan import HEADER, Hardware, Plan, plan
+    from ..scheduler.simulate import pretrained_depth
+
+    hardware = Hardware(options.tflops, options.link_gbps)
+    configs = {name: recipe.config for name, recipe in RECIPES.items()}
+    config = cfg.load(options.config, options.overrides, configs)
+    build = RECIPES[config.recipe].build
+    num_layers = None if options.exact else pretrained_depth(lambda: build(config))
+
+    def simulate(change: advise.Change, world_size: int) -> Plan:
+        changed = cfg.load(options.config, advise.overridden(options.overrides, change), configs)
+        return plan(
+            lambda: build(changed),
+            world_size=world_size * change.factor_of_ranks,
+            device_memory=options.device_memory,
+            hardware=hardware,
+            accelerator=not options.cpu,
+            num_layers=num_layers,
+        )
+
+    folder = Path(config.output_dir)
+    if options.sweep is not None:
+        plans = [simulate(advise.Change(), n) for n in _world_sizes(options.sweep)]
+        rows = [[p.world_size, *p.summary] for p in plans]
+        print_table("By number of ranks", ["ranks", "persistent", "peak", "seconds", "fits"], rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_sweep(folder / "plan_sweep.png", plans)
+        print(f"wrote {folder}/plan_sweep.png")
+        return 0
+
+    found = simulate(advise.Change(), options.world_size)
+    print_table(f"One outer iteration, per rank of {options.world_size}", HEADER, found.rows)
+    if found.depths:
+        print(f"{num_layers} layers, extrapolated from {', '.join(map(str, found.depths))}; --exact simulates all.")
+    print(found.verdict)
+    if options.show == "phases":
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_phases(folder / "plan_phases.png", found)
+        print(f"wrote {folder}/plan_phases.png")
+    if options.json is not None:
+        found.to_json(options.json)
+    if found.fits is False and not options.no_advice:
+        changes = advise.possible_changes(config, options.world_size)
+        best, tried = advise.cheapest_fit(lambda change: simulate(change, options.world_size), changes)
+        print(advise.say(best, tried, found))
+    return 1 if found.fits is False else 0
+
+
+def _world_sizes(text: str) -> list[int]:
+    key, _, values = text.partition("=")
+    sizes = values.split(",")
+    if key != "world-size" or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--sweep {text!r} must look like world-size=8,16,32.")
+    return [int(size) for size in sizes]
