@@ -32,14 +32,17 @@ DEMO_FLAGS ?=
 demo: .venv/.demo.stamp
 	.venv/bin/scalemlo train configs/reweight_smollm2.yaml $(DEMO_FLAGS)
 
+# Two workers, whole files at a time: fixtures that launch a run are made once.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.test.stamp
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 # The slow checks too.
 test-full: .venv/.test.stamp
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest --full $(PYTEST_FLAGS)
+	$(PYTEST) --full $(PYTEST_FLAGS)
 
 # Runs every benchmark; each says on its first lines what it measures.
 bench: .venv/.test.stamp

@@ -1,0 +1,192 @@
+"""What does a memory budget cost, and does a run keep to it?
+
+    python benchmarks/residency.py [--quick] [--json PATH]
+
+A chain of levels, each with a module of its own (a frozen body, a trained head, AdamW), that needs more than twice the
+budget when all of it is resident; on the CPU, where the device is RAM and states go to files in the temporary folder.
+Growth is the most resident bytes of the process over those before the program was built (exact allocator), two outer
+iterations and the data included. Time is CPU-seconds and wall seconds per outer iteration,
+medians; the file system's cache takes the files, so that a disk's own speed does not show. Overhead is that of a budget
+in which everything fits: CPU-seconds over those of a run without one, alternating in one process.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import measure
+
+FULL = dict(size=768, levels=6, batch=256, iterations=8, rounds=30)
+QUICK = dict(size=256, levels=6, batch=64, iterations=3, rounds=8)
+AIMS = "aims: bits equal, growth within the budget, overhead at most 1 %"
+FACTOR = 19.5  # the budget, in trained weights of one level
+
+
+def chain(setting: dict, memory: Any = None) -> Any:
+    """A level per name; each reads the one above it, and the first one the last."""
+    import torch
+    from torch import nn
+
+    import scalemlo as mlo
+
+    size, names = setting["size"], [f"level{i}" for i in range(setting["levels"])]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(size, 2 * size), nn.Tanh(), nn.Linear(2 * size, size))
+            self.body.requires_grad_(False)
+            self.head = nn.Linear(size, size)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    def level_of(read: str) -> type[mlo.Level]:
+        scope: dict[str, Any] = {"mlo": mlo}
+        exec(
+            f"def loss(self, batch, {read}):\n    return mlo.mean((({read}(batch) - self.target(batch)) ** 2).mean(1))",
+            scope,
+        )
+        return type("Chained", (mlo.Level,), {"loss": scope["loss"]})
+
+    torch.manual_seed(0)
+    levels = []
+    for i, name in enumerate(names):
+        kind = level_of(names[i - 1])
+        kind.target = (lambda self, batch: batch) if i == 0 else (lambda self, batch: self.module(batch))
+        data = [torch.randn(setting["batch"], size) for _ in range(2)]
+        adamw = partial(torch.optim.AdamW, lr=1e-3)
+        levels.append(kind(name, Net(), data=data, optimizer=adamw))
+    return mlo.Program(levels, memory=memory)
+
+
+def budget(setting: dict, factor: float, folder: str) -> Any:
+    """So many times the trained weights of one level."""
+    import scalemlo as mlo
+
+    return mlo.Memory(device=int(factor * 4 * setting["size"] ** 2), disk=folder)
+
+
+def checksum(program: Any) -> str:
+    """Of all weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with program.resident():
+        for trainer in program.trainers.values():
+            for tensor in trainer.weights().values():
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def growth(setting: dict, tight: bool) -> dict:
+    """Resident bytes of a run from the building of the program on, with all that it moves."""
+    program, found = None, {}
+
+    def run() -> None:
+        nonlocal program
+        with tempfile.TemporaryDirectory() as folder:
+            program = chain(setting, budget(setting, FACTOR, folder) if tight else None)
+            program.run(2, progress=False)
+
+    import scalemlo  # noqa: F401  (its own bytes are no part of the growth)
+
+    chain({**setting, "size": 8}).run(1, progress=False)  # nor is what torch loads at its first operations
+    found["growth_bytes"] = measure.peak_growth_bytes(run)
+    found["checksum"] = checksum(program)
+    return found
+
+
+def seconds(setting: dict, tight: bool) -> dict:
+    """Per outer iteration, after two that are not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = chain(setting, budget(setting, FACTOR, folder) if tight else None)
+        program.run(2, progress=False)
+        before = sum(stats.moved_bytes for stats in program.history.phases.values())
+        cpu, wall = [], []
+        for _ in range(setting["iterations"]):
+            start = time.perf_counter()
+            cpu.append(measure.cpu_seconds(program.step))
+            wall.append(time.perf_counter() - start)
+        moved = sum(stats.moved_bytes for stats in program.history.phases.values()) - before
+        scheduler = program._scheduler
+        found = {
+            "cpu_seconds": statistics.median(cpu),
+            "wall_seconds": statistics.median(wall),
+            "moved_bytes": moved / setting["iterations"],
+        }
+        if tight:
+            residency = scheduler.residency
+            found["budget_bytes"] = residency.memory.device_bytes
+            found["states_bytes"] = residency.needed_bytes(residency.states)
+            found["transient_bytes"] = max(scheduler.transient_bytes.values())
+        return found
+
+
+def overhead(setting: dict) -> float:
+    """CPU-seconds with a budget in which everything fits over those without one, less one."""
+    with tempfile.TemporaryDirectory() as folder:
+        free, ample = chain(setting), chain(setting, budget(setting, 1000, folder))
+        for program in (free, ample):
+            program.run(2, progress=False)
+        ratios = []
+        for i in range(setting["rounds"]):
+            pair = (free, ample) if i % 2 else (ample, free)
+            taken = {id(program): measure.cpu_seconds(program.step) for program in pair}
+            ratios.append(taken[id(ample)] / taken[id(free)])
+        return statistics.median(ratios) - 1
+
+
+def times(setting: dict) -> dict:
+    """All that is timed."""
+    found = {f"without/{k}": v for k, v in seconds(setting, tight=False).items()}
+    found |= {f"within/{k}": v for k, v in seconds(setting, tight=True).items()}
+    return found | {"overhead": overhead(setting)}
+
+
+def main() -> None:
+    """Measure, print a table, write the figures."""
+    args = measure.arguments(__doc__)
+    if args.worker:
+        options = json.loads(args.worker)
+        print(json.dumps([growth(**options) if "tight" in options else times(**options)]))
+        return
+    setting = QUICK if args.quick else FULL
+    run = partial(measure.in_fresh_process, __file__, setting=setting)
+    (figures,) = run(measure.STEADY_TIME)
+    checksums = set()
+    for name, tight in (("without", False), ("within", True)):
+        (found,) = run(measure.EXACT_MEMORY, tight=tight)
+        checksums.add(found["checksum"])
+        figures[f"{name}/growth_bytes"] = found["growth_bytes"]
+    figures["bits_equal"] = len(checksums) == 1
+    figures["slowdown"] = figures["within/wall_seconds"] / figures["without/wall_seconds"]
+    figures = {name: float(value) for name, value in figures.items()}
+    report(figures)
+    measure.write_figures(args.json, figures)
+
+
+def report(figures: dict[str, float]) -> None:
+    """Markdown."""
+    mib = 2**20
+    need = figures["within/states_bytes"] + figures["within/transient_bytes"]
+    print(f"{measure.machine()}; {AIMS}\n")
+    print(f"All resident: {need / mib:.0f} MiB, {need / figures['within/budget_bytes']:.1f} times the budget.\n")
+    print("| | budget MiB | growth MiB | moved MiB per iteration | CPU-s per iteration | wall s per iteration |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in ("without", "within"):
+        limit = f"{figures['within/budget_bytes'] / mib:.0f}" if name == "within" else "none"
+        print(
+            f"| {name} | {limit} | {figures[f'{name}/growth_bytes'] / mib:.0f} "
+            f"| {figures[f'{name}/moved_bytes'] / mib:.0f} | {figures[f'{name}/cpu_seconds']:.3f} "
+            f"| {figures[f'{name}/wall_seconds']:.3f} |"
+        )
+    print(f"\nBits equal: {bool(figures['bits_equal'])}. Slowdown (wall): {figures['slowdown']:.2f}.")
+    print(f"Overhead where nothing moves: {100 * figures['overhead']:+.2f} % CPU-seconds.")
+
+
+if __name__ == "__main__":
+    main()
