@@ -1,0 +1,79 @@
+"""BiLoRA: pseudo singular values of the update learned on a validation split, singular vectors on the training split.
+
+The update of an adapted layer is ``alpha P Lambda Q`` with P ``[out, r]``, Q ``[r, in]`` and Lambda = diag(softmax(e)),
+the Softmax parametrisation of the paper's three (no Real-value, no Approximately-binary):
+
+    min_e     C(e, P*(e), Q*(e); validation)
+    s.t.      P*, Q* = argmin_{P, Q}  C(e, P, Q; train) + gamma R(P, Q)
+
+with R the mean over layers of ``|P^T P - I|_F^2 + |Q Q^T - I|_F^2``. Nothing is trained again afterwards; the result is
+written as the LoRA adapter that computes the same.
+
+Reference: Qiang, Zhang and Xie 2024, "BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank
+Adaptation of Large Pre-trained Models" (arXiv:2403.13037).
+"""
+
+from dataclasses import dataclass
+
+import scalemlo as mlo
+
+from ..hf.peft import factor_orthogonality, gated_to_lora
+from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, prepare, search_program
+
+
+@dataclass(kw_only=True)
+class BiLoRAConfig(BilevelPeftConfig):
+    """Configuration of this recipe.
+
+    Raises:
+        ValueError: If steps are given to a retraining that it does not have.
+    """
+
+    def __post_init__(self) -> None:
+        if self.train.retrain_steps:
+            raise ValueError(f"train.retrain_steps={self.train.retrain_steps} has no effect: BiLoRA does not retrain")
+
+
+class Values(TaskLevel):
+    """Upper level."""
+
+    def loss(self, batch, vectors):
+        """Mean loss over validation examples."""
+        return self.mean_loss(vectors, batch)
+
+
+class Vectors(TaskLevel):
+    """Lower level."""
+
+    def loss(self, batch, values):
+        """Mean loss over training examples, and how far the singular vectors are from orthogonal."""
+        return self.mean_loss(self.module, batch) + self.orthogonality * self.module.orthogonality()
+
+
+METHOD = Method(
+    kind="gated",
+    owned="*.lora_E.*",
+    upper=("values", Values),
+    lower=("vectors", Vectors),
+    term=factor_orthogonality,
+)
+
+
+def build(config: BiLoRAConfig) -> mlo.Program:
+    """The two levels, untrained."""
+    return search_program(config, prepare(config), METHOD)
+
+
+def run(config: BiLoRAConfig) -> bool:
+    """Both levels, the baseline, the report.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        Whether Ctrl-C ended it early.
+    """
+    whole = Run(config, METHOD)
+    state = whole.search().state_dict("vectors", trainable_only=True)
+    whole.save("lora", gated_to_lora(state))
+    return whole.finish()
