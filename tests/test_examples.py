@@ -1,6 +1,7 @@
 """The examples run: on a few steps, and without a network on made data."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -71,3 +72,19 @@ def test_vader_split_and_reviews(load, tmp_path):
     )
     frame = data.load_reviews(tmp_path / "reviews.csv")
     assert frame["label"].tolist() == [data.FRESH, data.ROTTEN]
+
+
+def test_trainer_example_weighs_a_tiny_model(load, tmp_path):
+    from tests.hf.trainer_runs import tiny_llama
+    from tests.hf.words import word_tokenizer
+
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    made = [{"prompt": f"a{i % 8} ask", "completion": f" a{i % 8 + 8} a{i}"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(made))
+    right, wrong = load("reweight_with_trainer").main(
+        str(tmp_path / "model"), str(tmp_path / "data.json"), sizes=(16, 8, 8), output_dir=str(tmp_path / "run"),
+        num_train_epochs=1, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    assert right > 0 and wrong > 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()

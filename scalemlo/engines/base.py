@@ -1,7 +1,7 @@
 """What every engine offers: training as its framework does it, and its shards for everything else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -197,17 +197,18 @@ class Engine(ABC):
                 "them inside `with program.resident(level):`, or call the module inside `program.inference(level)`."
             )
 
-    def full_tensors(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self, *, trainable_only: bool = False, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Parameters by canonical name, then persistent buffers, one whole tensor after the other. Collective.
 
         Args:
             trainable_only: Whether to leave frozen parameters and buffers out.
+            also: Frozen parameters that are not left out.
 
         Yields:
             Names and tensors on the CPU, for reading; on rank 0 alone, and the other ranks must exhaust it too.
         """
         for name, p in self.parameters.items():
-            if p.requires_grad or not trainable_only:
+            if p.requires_grad or not trainable_only or name in also:
                 full = self.full_tensor(name)
                 if is_main_process():
                     yield name, full.cpu()

@@ -4,7 +4,7 @@ They are each other's adjoint, so every derivative of either, in either mode and
 dual numbers both parts travel in one collective.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,19 +133,26 @@ class Packing:
 def _unsplit(slot: Tensor, layout: RowSharding) -> Tensor:
     """``[W, chunk_rows, row_numel]`` to the parameter's shape, without the padding of the last ranks."""
     full = slot.new_empty(layout.shape)
-    rows = full.view(layout.shape[0], layout.row_numel)
-    for rank in range(layout.world_size):
-        mine = layout.local_rows(rank)
-        rows[mine].copy_(slot[rank, : mine.stop - mine.start])
+    for rows, part in _blocks(full.view(layout.shape[0], layout.row_numel), layout, slot):
+        rows.copy_(part)
     return full
 
 
 def _split(full: Tensor, layout: RowSharding, slot: Tensor) -> None:
     """The inverse, into a slot whose padding stays."""
-    rows = full.reshape(layout.shape[0], layout.row_numel)
-    for rank in range(layout.world_size):
-        mine = layout.local_rows(rank)
-        slot[rank, : mine.stop - mine.start].copy_(rows[mine])
+    for rows, part in _blocks(full.reshape(layout.shape[0], layout.row_numel), layout, slot):
+        part.copy_(rows)
+
+
+def _blocks(rows: Tensor, layout: RowSharding, slot: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a parameter and the part of a slot that holds them: those of all full ranks at once, then the rest."""
+    chunk = layout.chunk_rows
+    num_full = layout.shape[0] // chunk if chunk else 0
+    rest = layout.shape[0] - num_full * chunk
+    if num_full:
+        yield rows[: num_full * chunk].unflatten(0, (num_full, chunk)), slot[:num_full]
+    if rest:
+        yield rows[num_full * chunk :], slot[num_full, :rest]
 
 
 class GatherRows(torch.autograd.Function):

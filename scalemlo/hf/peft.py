@@ -164,11 +164,7 @@ class _Block(nn.Module):
         if not orthogonality:
             return super().forward(*args, **kwargs)
         layers = adapted_layers(self).values()
-        adapters = [p for layer in layers for name, p in layer.named_parameters() if name.startswith("lora_")]
-        # Zero, but with second derivatives by any two adapters: rematerialisation cannot give tangents of a gradient
-        # that has none, and the term alone has none by gates or magnitudes.
-        nothing = 0.0 * torch.stack([p.sum() for p in adapters]).sum().square()
-        return torch.stack([self._term(layer) for layer in layers]).sum() + nothing
+        return torch.stack([self._term(layer) for layer in layers]).sum()
 
 
 class _Model(nn.Module):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,7 +44,8 @@ def save_pretrained(
     is_adapter = isinstance(module, PeftModel)
     if not isinstance(module, (PeftModel, PreTrainedModel)):
         raise ValueError(f"level {level!r}: {type(module).__name__} has no save_pretrained; use Program.state_dict.")
-    tensors = engine.full_tensors(trainable_only=is_adapter)
+    frozen = _adapter_names(module) if is_adapter else ()
+    tensors = engine.full_tensors(trainable_only=is_adapter, also=frozen)
 
     def write() -> None:
         try:
@@ -104,6 +106,17 @@ def _write_adapter(module: PeftModel, tensors: Iterable[tuple[str, Tensor]], fol
     config = deepcopy(module.peft_config[module.active_adapter])
     config.inference_mode = True
     config.save_pretrained(str(folder))
+
+
+def _adapter_names(module: PeftModel) -> set[str]:
+    """Parameters of the adapter, those that are frozen too."""
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {
+        f"{prefix}.{name}"
+        for prefix, layer in layers.items()
+        for name, _ in layer.named_parameters()
+        if name.split(".")[0] in layer.adapter_layer_names
+    }
 
 
 def _class_name(module: PreTrainedModel) -> str:

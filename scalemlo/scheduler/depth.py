@@ -1,9 +1,10 @@
 """The plan of a deep model from those of shallow ones, whose layers are alike.
 
 What a phase sends and computes is linear in the number of layers. So are the bytes alive at any one moment; their
-maximum over moments is not where another moment takes over. It is therefore extrapolated for each allocating operation
-apart (the all-gather of a block, the cross entropy, the optimizer's update), each of which has its own maximum, and the
-largest of them is the peak. Three depths must lie on one line.
+maximum over moments is not where another moment takes over. It is therefore extrapolated for each kind of allocation
+apart, an operation and the size of its output (the all-gather of a block, the cross entropy, the optimizer's update of
+one parameter), each of which has its own maximum, and the largest of them is the peak. At the kind that has it, three
+depths must lie on one line.
 """
 
 from collections.abc import Sequence
@@ -52,11 +53,11 @@ def at_depth(num_layers: int, depths: Sequence[int], found: Sequence[Sequence[Ph
         operations = [op for op in three[2].peaks if all(op in x.peaks for x in three)]
         for operation in operations:
             three_peaks = [x.peaks[operation] for x in three]
-            # Rates of kinds that trade places cancel in the total, which is what must be linear.
-            whole = line([peak["total"] for peak in three_peaks], f"peak of {phase.name} at {operation}")
             middle, last = three_peaks[1:]
             steps = (num_layers - depths[2]) / (depths[2] - depths[1])
-            peak = {kind: last[kind] + (last[kind] - middle[kind]) * steps for kind in (*KINDS, HOST)}
-            phase.peaks[operation] = {**peak, "total": whole}
+            kinds = (*KINDS, HOST, "total")
+            phase.peaks[operation] = {kind: last[kind] + (last[kind] - middle[kind]) * steps for kind in kinds}
+        top = max(phase.peaks, key=lambda operation: phase.peaks[operation]["total"])
+        line([x.peaks[top]["total"] for x in three], f"peak of {phase.name} at {top}")
         result.append(phase)
     return result

@@ -46,8 +46,9 @@ class Scheduler:
         self.residency: Residency | None = None
         self._trainers, self._device = trainers, device
         self._pinned: Counter[StateName] = Counter()
-        self._tracker = MemoryTracker() if device.type == "cpu" else None
+        self._tracker: MemoryTracker | None = None
         if memory is not None:
+            self._tracker = MemoryTracker() if device.type == "cpu" else None
             self.residency = Residency(Memory.of(memory, device), device, self._states())
 
     def _states(self) -> dict[StateName, State]:

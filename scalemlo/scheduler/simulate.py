@@ -12,6 +12,7 @@ tensors have no values:
 * ``DistributedDataParallel`` is one of our own (its C++ needs data), see :class:`_SimulatedDDP`.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -95,17 +96,23 @@ def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[Phase
 
     @contextmanager
     def phase(level: str, name: str, device: torch.device) -> Iterator[None]:
+        gc.collect()  # graphs in reference cycles, whose end would else be a matter of chance
         with timed(level, name, device), tracker.phase(f"{level}/{name}"):
             yield
         _classify(program, tracker)
 
     _classify(program, tracker)
     found = []
-    with mock.patch.object(program.history, "phase", phase):
-        for _ in range(2):
-            tracker.phases = []
-            program.step()
-            found.append(tracker.phases)
+    gc.collect()
+    gc.freeze()  # the collections before each phase look at what is new
+    try:
+        with mock.patch.object(program.history, "phase", phase):
+            for _ in range(2):
+                tracker.phases = []
+                program.step()
+                found.append(tracker.phases)
+    finally:
+        gc.unfreeze()
     return found[0], found[1]
 
 

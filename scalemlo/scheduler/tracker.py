@@ -38,7 +38,8 @@ class PhaseUse:
 
     Attributes:
         name: ``"<level>/<phase>"``.
-        peaks: Bytes by kind at the moment with the most bytes in all, by the operation that allocated at that moment.
+        peaks: Bytes by kind at the moment with the most bytes, by what allocated at that moment: an operation and the
+            size of its output.
         num_collectives: By kind of collective.
         sent_bytes: What this rank sends, ring algorithms: ``(W-1)/W`` of the gathered or scattered tensor, twice that
             of an all-reduced one.
@@ -199,7 +200,7 @@ class MemoryTracker(TorchDispatchMode):
         held = _Storage(storage.nbytes(), self._new_kind, self._number, weakref.ref(storage, lambda _: self._free(key)))
         self._storages[key] = held
         self._count(held, 1)
-        self._note_peak(operation)
+        self._note_peak(f"{operation} of {held.nbytes} bytes")
 
     def _free(self, key: int) -> None:
         held = self._storages.pop(key, None)

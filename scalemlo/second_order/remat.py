@@ -106,8 +106,12 @@ class _Run:
         return tuple(out[i] for i in self._floating)
 
     def _split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = [fwAD.unpack_dual(x) if fwAD._current_level >= 0 else (x, None) for x in outputs]
-        self._tangents = [tangent for _, tangent in pairs]
+        if fwAD._current_level < 0:
+            self._tangents = [None] * len(outputs)
+            return tuple(x.view_as(x) for x in outputs)
+        pairs = [fwAD.unpack_dual(x) for x in outputs]
+        # Zeros where nothing moves an output: torch wants a tangent of every output of a function with moving inputs.
+        self._tangents = [torch.zeros_like(x) if tangent is None else tangent for x, tangent in pairs]
         return tuple(primal.view_as(primal) for primal, _ in pairs)
 
 
