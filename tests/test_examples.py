@@ -82,9 +82,9 @@ def test_trainer_example_weighs_a_tiny_model(load, tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "model")
     made = [{"prompt": f"a{i % 8} ask", "completion": f" a{i % 8 + 8} a{i}"} for i in range(40)]
     (tmp_path / "data.json").write_text(json.dumps(made))
-    right, wrong = load("reweight_with_trainer").main(
+    auroc = load("reweight_with_trainer").main(
         str(tmp_path / "model"), str(tmp_path / "data.json"), sizes=(16, 8, 8), output_dir=str(tmp_path / "run"),
-        num_train_epochs=1, use_cpu=True, disable_tqdm=True,
+        num_train_epochs=1, per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    assert right > 0 and wrong > 0
+    assert 0 <= auroc <= 1
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -34,6 +34,7 @@ from ..hf.collate import PadCollator
 from ..hf.data import InstructionDataset, corrupt, keep_short, load_instructions, split_rows
 from ..hf.losses import example_losses
 from ..hf.models import LoraSpec, load_causal_lm
+from ..hf.reweighting import ExampleWeights
 from ..hf.saving import save_pretrained
 from ..report import write_report
 from ..reporting import PHASE_HEADER, auroc, markdown_table, phase_rows, plot_reweighting, print_table
@@ -130,22 +131,6 @@ class ReweightInstructionsConfig(cfg.RunConfig):
     finetune: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     weights: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.ESTIMATOR_CONFIGS["identity"])
-
-
-class ExampleWeights(nn.Module):
-    """One weight in (0, 1) per training example, 1/2 at the start.
-
-    Args:
-        num_examples: N; examples are numbered 0 to N - 1.
-    """
-
-    def __init__(self, num_examples: int):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(num_examples))
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Weights ``[B]`` of the examples ``index [B]``."""
-        return torch.sigmoid(self.logits[index])
 
 
 class Rate(mlo.Level):

@@ -8,14 +8,16 @@ not seen.
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -106,6 +108,7 @@ class MemoryTracker(TorchDispatchMode):
         self._current = PhaseUse("before")
         self._number = 0
         self._new_kind = "working"
+        self._is_paused = False
 
     # ---- phases ----------------------------------------------------------------------------------------------------
     @contextmanager
@@ -146,21 +149,34 @@ class MemoryTracker(TorchDispatchMode):
 
     # ---- every operation -------------------------------------------------------------------------------------------
     def __enter__(self):
-        """Start; FSDP frees and refills gathered weights by resizing storages, which no operation shows."""
-        self._resize = torch.UntypedStorage.resize_
+        """Start. FSDP frees and refills gathered weights by resizing storages, which no operation shows.
+
+        And DTensor runs each new operation on fake tensors of the whole shape, which takes no memory.
+        """
+        resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
         tracker = self
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            result = tracker._resize(storage, size)
+            result = resize(storage, size)
             tracker._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        def propagate_tensor_meta(*args: Any, **kwargs: Any) -> Any:
+            before, tracker._is_paused = tracker._is_paused, True
+            try:
+                return propagate(*args, **kwargs)
+            finally:
+                tracker._is_paused = before
+
+        self._patches = ExitStack()
+        self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_))
+        name = "_propagate_tensor_meta_non_cached"
+        self._patches.enter_context(mock.patch.object(ShardingPropagator, name, propagate_tensor_meta))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         """Stop."""
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._patches.close()
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -169,6 +185,8 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented  # its operations on local tensors come here instead
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self._is_paused:
+            return out
         if func.namespace == "c10d":
             self._note_collective(func, args)
         name = func._schema.name

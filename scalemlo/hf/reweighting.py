@@ -1,0 +1,278 @@
+"""What has a weight, and how the weights are learned: the two levels of reweighting.
+
+Above, the weights ``lambda`` are learned so that the fine-tuned model does well on the meta set; below, the model is
+fine-tuned on the weighted training set, with l_i(w) the loss of example i::
+
+    min_lambda  mean_j l_j(w*(lambda))              over the meta set
+    s.t.        w*(lambda) = argmin_w  L(w, lambda)
+
+and the :class:`Reweighting` says what L is. Losses that enter a weight are constants of the derivative.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..level import Level
+from ..ops import mean, weighted_mean
+from .config import ReweightingConfig
+from .losses import token_losses
+from .per_example import Losses, checked_losses
+from .prepared import PreparedDataset
+
+
+class ExampleWeights(nn.Module):
+    """One weight in (0, 1) per training example, 1/2 at the start; or divided by their mean, 1 at the start.
+
+    Args:
+        num_examples: N; examples are numbered 0 to N - 1.
+        present: Numbers of the examples that exist; given, weights are divided by the mean over these.
+    """
+
+    def __init__(self, num_examples: int, present: Tensor | None = None):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_examples))
+        self.register_buffer("present", present, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Weights ``[B]`` of the examples ``index [B]``."""
+        weights = torch.sigmoid(self.logits[index])
+        if self.present is None:
+            return weights
+        return weights / torch.sigmoid(self.logits[self.present]).mean()
+
+
+class DomainWeights(nn.Module):
+    """A mixture over domains, at the start that of the data.
+
+    Args:
+        shares: Share q_d of the training set that is of domain d, ``[K]``.
+    """
+
+    def __init__(self, shares: Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(shares.log())
+        self.register_buffer("shares", shares, persistent=False)
+
+    def forward(self, domain: Tensor) -> Tensor:
+        """Weights ``p_d / q_d`` ``[B]`` of examples of the domains ``domain [B]``; their mean over the data is 1."""
+        return (torch.softmax(self.logits, 0) / self.shares)[domain]
+
+
+class ScoreNet(nn.Module):
+    """A weight in (0, 1) from features: one hidden layer; 1/2 at the start, whatever the features.
+
+    Args:
+        num_features: F.
+        hidden_size: Width of the hidden layer.
+    """
+
+    def __init__(self, num_features: int, hidden_size: int):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(num_features, hidden_size), nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Weights ``[n]`` of features ``[n, F]``."""
+        features = features.to(self.hidden.weight.dtype)
+        return torch.sigmoid(self.out(torch.tanh(self.hidden(features)))).squeeze(-1)
+
+
+class Reweighting(ABC):
+    """What has a weight.
+
+    Args:
+        args: The trainer's.
+        train: The training set.
+        losses: Of the examples.
+
+    Attributes:
+        module: Holds the parameters lambda.
+    """
+
+    module: nn.Module
+
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+        self.args, self.losses = args, losses
+        self.normalize = args.weight_normalization == "batch"
+
+    def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The lower level's loss L on this rank's part of a batch.
+
+        Args:
+            model: The fine-tuned model.
+            rater: The module of the weights.
+            batch: The examples.
+
+        Returns:
+            A scalar; its mean over ranks is L on the global batch.
+        """
+        losses = checked_losses(self.losses, model, batch)
+        return weighted_mean(losses, self.weights(rater, batch, losses.detach()), normalize=self.normalize)
+
+    @abstractmethod
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """Weights ``[B]`` of the examples of a batch.
+
+        Args:
+            rater: The module of the weights.
+            batch: The examples.
+            losses: Their losses ``[B]``, constants.
+        """
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Weights ``[B]`` for the table that is exported; runs the model only where weights depend on losses."""
+        return self.weights(rater, batch, checked_losses(self.losses, model, batch).detach())
+
+
+class ByExample(Reweighting):
+    """A table with one logit per training example.
+
+    ``L = (1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, the mean over the training
+    set (``weight_normalization="dataset"``), over the batch (``"batch"``), or left out (``"none"``). Starts as plain
+    fine-tuning. Ren et al. 2018, *Learning to Reweight Examples for Robust Deep Learning*, eq. 1-2, with weights that
+    are kept from step to step.
+    """
+
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+        super().__init__(args, train, losses)
+        present = torch.tensor(train.example_ids) if args.weight_normalization == "dataset" else None
+        self.module = ExampleWeights(train.num_examples, present)
+
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """See :meth:`Reweighting.weights`."""
+        return rater(batch["example_id"])
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.example_weights`."""
+        return rater(batch["example_id"])
+
+
+class ByDomain(Reweighting):
+    """A mixture of K domains.
+
+    ``L = (1/B) sum_i (p_d(i) / q_d(i)) l_i`` with ``p = softmax(lambda)`` and q the shares of the domains in the
+    training set, an unbiased estimate of ``sum_d p_d mean_{i in d} l_i``. Starts at p = q, plain fine-tuning.
+    Pan et al. 2024, *ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting*.
+    """
+
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+        super().__init__(args, train, losses)
+        counts = torch.bincount(torch.tensor(train.domain_ids), minlength=len(train.domains)).float()
+        empty = [d for d, count in zip(train.domains, counts, strict=True) if count == 0]
+        if empty:
+            raise ValueError(f"domains {empty} have no row in {train.name}; leave them out of domains.")
+        self.module = DomainWeights(counts / counts.sum())
+
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """See :meth:`Reweighting.weights`."""
+        return rater(batch["domain_id"])
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.example_weights`."""
+        return rater(batch["domain_id"])
+
+
+class ByScore(Reweighting):
+    """A net that scores examples by their loss.
+
+    ``L = sum_i w_i l_i / sum_i w_i`` over the batch (``"batch"``) or ``(1/B) sum_i w_i l_i`` (``"none"``) with
+    ``w_i = net_lambda(stop(l_i))``. Shu et al. 2019, *Meta-Weight-Net: Learning an Explicit Mapping For Sample
+    Weighting*, eq. 1-2.
+    """
+
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+        super().__init__(args, train, losses)
+        self.module = ScoreNet(1, args.scorer_hidden_size)
+
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """See :meth:`Reweighting.weights`."""
+        return rater(losses[:, None])
+
+
+class ByToken(Reweighting):
+    """A net that scores tokens by their loss and their example's.
+
+    ``L = sum_it m_it w_it l_it / sum_it m_it w_it`` over the tokens t of the batch's examples i that have a label
+    (``m_it = 1``), with ``w_it = net_lambda(stop(l_it), stop(mean_t l_it))``. The exported weight of an example is the
+    mean over its tokens.
+    """
+
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+        super().__init__(args, train, losses)
+        if train.kind != "language_modeling":
+            raise ValueError(
+                f"reweighting='token' needs sequences with next-token labels; {train.name} has {train.format}."
+            )
+        self.module = ScoreNet(2, args.scorer_hidden_size)
+
+    def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.loss`."""
+        losses, mask = token_losses(model, batch)
+        weights = self._token_weights(rater, losses.detach(), mask)
+        return weighted_mean(losses.flatten(), weights.flatten(), normalize=self.normalize)
+
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """Refused: weights are per token."""
+        raise NotImplementedError("tokens have weights here; use example_weights for their means")
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.example_weights`."""
+        losses, mask = token_losses(model, batch)
+        return self._token_weights(rater, losses.detach(), mask).sum(1) / mask.sum(1)
+
+    def _token_weights(self, rater: Any, losses: Tensor, mask: Tensor) -> Tensor:
+        of_example = (losses.sum(1) / mask.sum(1))[:, None].expand_as(losses)
+        features = torch.stack([losses, of_example], dim=-1).flatten(0, 1)
+        return rater(features).view_as(losses) * mask
+
+
+REWEIGHTINGS: dict[str, type[Reweighting]] = {
+    "example": ByExample,
+    "domain": ByDomain,
+    "scorer": ByScore,
+    "token": ByToken,
+}
+"""By the name that configurations use."""
+
+
+class Rate(Level):
+    """Upper level: the fine-tuned model should do well on the meta set.
+
+    Args:
+        *args: As :class:`scalemlo.Level`.
+        losses: Of the examples.
+        **options: As :class:`scalemlo.Level`.
+    """
+
+    def __init__(self, *args: Any, losses: Losses, **options: Any):
+        super().__init__(*args, **options)
+        self._losses = losses
+
+    def loss(self, batch, finetune):
+        """Mean loss over examples of the meta set."""
+        return mean(checked_losses(self._losses, finetune, batch))
+
+
+class Finetune(Level):
+    """Lower level: fine-tune on weighted data.
+
+    Args:
+        *args: As :class:`scalemlo.Level`.
+        reweighting: What has a weight.
+        **options: As :class:`scalemlo.Level`.
+    """
+
+    def __init__(self, *args: Any, reweighting: Reweighting, **options: Any):
+        super().__init__(*args, **options)
+        self._reweighting = reweighting
+
+    def loss(self, batch, rater):
+        """Weighted loss, see :class:`Reweighting`."""
+        return self._reweighting.loss(self.module, rater, batch)
