@@ -45,20 +45,9 @@ def build(setting: dict, case: dict) -> Any:
     import torch
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
+    from weighing import Finetune, Weigh
 
     import scalemlo as mlo
-    from scalemlo.hf.losses import example_losses
-
-    class Weigh(mlo.Level):
-        def loss(self, batch, finetune):
-            return mlo.mean(example_losses(finetune, batch))
-
-    class Finetune(mlo.Level):
-        def loss(self, batch, weights):
-            losses = example_losses(self.module, batch)
-            # Not normalised: of equal losses the derivative by normalised weights is zero, and the check of ghost
-            # products against it would end as rounding has it.
-            return mlo.weighted_mean(losses, weights(losses.detach().unsqueeze(-1)).squeeze(-1), normalize=False)
 
     torch.manual_seed(0)
     width, length = setting["hidden_size"], setting["length"]
@@ -84,6 +73,9 @@ def build(setting: dict, case: dict) -> Any:
     lower = Finetune(
         "finetune",
         model,
+        # Of equal losses the derivative by normalised weights is zero, and the check of ghost products against it
+        # would end as rounding has it.
+        normalize=False,
         data=data,
         optimizer=partial(torch.optim.AdamW, lr=1e-4),
         hypergradient=eval(f"mlo.{case['estimator']}", {"mlo": mlo}),

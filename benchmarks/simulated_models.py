@@ -33,19 +33,10 @@ def build(shape: dict, estimator: str, unroll_steps: int, world_size: int):
     import torch
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from weighing import Finetune, Weigh
 
     import scalemlo as mlo
-    from scalemlo.hf.losses import example_losses
     from scalemlo.scheduler.plan import simulated_layers
-
-    class Weigh(mlo.Level):
-        def loss(self, batch, finetune):
-            return mlo.mean(example_losses(finetune, batch))
-
-    class Finetune(mlo.Level):
-        def loss(self, batch, weights):
-            losses = example_losses(self.module, batch)
-            return mlo.weighted_mean(losses, weights(losses.detach().unsqueeze(-1)).squeeze(-1))
 
     layers = simulated_layers(shape["num_hidden_layers"])
     kinds = (Qwen2Config, Qwen2ForCausalLM) if shape["vocab_size"] == 152064 else (LlamaConfig, LlamaForCausalLM)
@@ -62,7 +53,7 @@ def build(shape: dict, estimator: str, unroll_steps: int, world_size: int):
         optimizer=adamw, engine=mlo.FSDP(),
     )  # fmt: skip
     lower = Finetune(
-        "finetune", model, data=data, optimizer=adamw, unroll_steps=unroll_steps, max_grad_norm=1.0,
+        "finetune", model, normalize=True, data=data, optimizer=adamw, unroll_steps=unroll_steps, max_grad_norm=1.0,
         hypergradient=eval(f"mlo.{estimator}", {"mlo": mlo}),
     )  # fmt: skip
     return mlo.Program([upper, lower], engine=mlo.FSDP(dtype="bf16"))

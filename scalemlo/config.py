@@ -30,7 +30,7 @@ from .engines import DDP, ENGINE_SHORTHANDS, ENGINES, EngineSpec, Single
 from .engines.base import DType
 from .hypergradients import ESTIMATORS
 from .provenance import Provenance
-from .trackers import tracker_names
+from .trackers import TrackWith, tracker_names
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,18 @@ class RunConfig:
     nonfinite: Literal["raise", "skip"] = "raise"
     report_to: Annotated[list[str] | str, AfterValidator(tracker_names)] = field(default_factory=list)
     provenance: Provenance | None = None
+
+    def tracker(self, run_name: str) -> TrackWith:
+        """What sends one program of the run to the trackers of ``report_to``: a callback of that program.
+
+        Args:
+            run_name: Which program it is.
+
+        Returns:
+            The callback.
+        """
+        folder, values = Path(self.output_dir), plain(self) | {"run": run_name}
+        return TrackWith(self.report_to, folder / "trackers", run_name=run_name, project=folder.name, config=values)
 
 
 def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[RunConfig]]) -> RunConfig:

@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -116,6 +119,15 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+def gather_objects(value: T, group: "dist.ProcessGroup | None" = None) -> list[T]:
+    """Plain values of all ranks, in order, on every rank; over a group of all of them, or the default one."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
+
+
 def check_same_on_all_ranks(lines: Sequence[str]) -> None:
     """Compare what every rank is about to run; ranks that differ would wait for each other for ever.
 
@@ -127,8 +139,7 @@ def check_same_on_all_ranks(lines: Sequence[str]) -> None:
     """
     if world_size() == 1:
         return
-    everyone: list[Sequence[str]] = [[]] * world_size()
-    dist.all_gather_object(everyone, list(lines))
+    everyone = gather_objects(list(lines))
     for other, theirs in enumerate(everyone):
         if list(theirs) != list(everyone[0]):
             pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")

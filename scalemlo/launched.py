@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .engines.deepspeed_config import read
+from .engines.deepspeed_config import read, stated
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Set for every process by torchrun, accelerate (several processes) and deepspeed."""
@@ -189,15 +189,8 @@ def _deepspeed(environ: Environment) -> dict[str, Claim]:
 
 def _deepspeed_file(path: str) -> dict[str, Claim]:
     """The file, which the engine checks, and the stage and precision in it, which are options of their own."""
-    config = read(path)
     found = {"config": Claim(path, f"ACCELERATE_DEEPSPEED_CONFIG_FILE={path}")}
-    stage = config.get("zero_optimization.stage", "auto")
-    if stage != "auto":
-        found["stage"] = Claim(stage, f"{path} (zero_optimization.stage)")
-    for dtype in ("bf16", "fp16"):
-        if config.get(f"{dtype}.enabled") is True:
-            found["dtype"] = Claim(dtype, f"{path} ({dtype}.enabled)")
-    return found
+    return found | {field: Claim(value, f"{path} ({key})") for field, (value, key) in stated(read(path)).items()}
 
 
 def _contradict(option: str, given: Any, asked: Any) -> bool:

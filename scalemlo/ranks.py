@@ -1,11 +1,11 @@
-"""What the ranks that share a checkpoint tell each other."""
+"""Ranks that act together: what may fail on one fails on all, and values go to and from rank 0."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..distributed import is_main_process, world_size
+from .distributed import gather_objects, is_main_process, world_size
 
 T = TypeVar("T")
 
@@ -39,8 +39,8 @@ class Ranks:
             value = action()
         except Exception as caught:
             error = caught
-        everyone: list[str | None] = [None] * world_size()
-        dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}", self.group)
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        everyone = gather_objects(message, self.group)
         if error is not None:
             raise error
         for other, message in enumerate(everyone):
@@ -68,6 +68,13 @@ class Ranks:
         dist.scatter_object_list(mine, list(values) if values is not None else None, group=self.group)
         return mine[0]
 
+    def from_main(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
+        held: list[Any] = [value]
+        if world_size() > 1:
+            dist.broadcast_object_list(held, group=self.group)
+        return held[0]
+
     def check_agreed(self, value: str, what: str) -> None:
         """Compare a value.
 
@@ -78,8 +85,6 @@ class Ranks:
         Raises:
             ValueError: If ranks have different ones.
         """
-        if world_size() > 1:
-            everyone: list[Any] = [None] * world_size()
-            dist.all_gather_object(everyone, value, self.group)
-            if len(set(everyone)) > 1:
-                raise ValueError(f"ranks found different {what}: {sorted(set(everyone))}. They must share the folder.")
+        different = set(gather_objects(value, self.group))
+        if len(different) > 1:
+            raise ValueError(f"ranks found different {what}: {sorted(different)}. They must share the folder.")

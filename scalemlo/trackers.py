@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from .distributed import any_rank, is_main_process
+from .dotted import flattened
 
 if TYPE_CHECKING:
     from .program import Program
@@ -175,15 +176,10 @@ def level_values(program: "Program", record: Mapping[str, float]) -> dict[str, f
     return values
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str | None]:
+def flat(config: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
     """Nested values by dotted key, lists as text: what every tracker takes."""
-    found: dict[str, bool | int | float | str | None] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str | None) else str(value)
-    return found
+    plain = bool | int | float | str | None
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flattened(config).items()}
 
 
 @contextmanager

@@ -14,11 +14,10 @@ from scalemlo.commands import COMMANDS
 from scalemlo.commands.env import relevant_variables
 from scalemlo.packaged import packaged
 from scalemlo.provenance import Provenance
-from scalemlo.recipes import RECIPES
+from scalemlo.recipes import CONFIGS, RECIPES
 from scalemlo.schema import as_text, described_arguments, schema_of
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {name: recipe.config for name, recipe in RECIPES.items()}
 FILES = packaged("configs")
 CONFIG = str(FILES["reweight_smollm2"])
 

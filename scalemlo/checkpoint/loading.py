@@ -10,9 +10,9 @@ import torch
 
 from .. import state
 from ..distributed import is_main_process, rank, world_size
+from ..ranks import Ranks
 from .files import check_sizes, check_sums, read_manifest, share_of
 from .folders import find_checkpoint, older
-from .ranks import Ranks
 from .saving import EXTRA, HISTORY, SHARED
 from .vectors import VectorFiles
 

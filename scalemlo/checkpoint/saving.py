@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from .. import state
 from ..distributed import is_main_process, world_size
+from ..ranks import Ranks
 from .files import FORMAT_VERSION, write_file, write_manifest
 from .folders import complete, complete_checkpoints, folder_of_step, keep_latest, make_room, older, partial_of, step_of
-from .ranks import Ranks
 from .vectors import write_vectors
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ..distributed import is_main_process, rank
+from ..ranks import Ranks
 from ..state import Piece
 from .files import Summed
-from .ranks import Ranks
 from .safe_reader import read_metadata
 
 CHUNK_BYTES = 1 << 26

@@ -10,12 +10,17 @@ if TYPE_CHECKING:
     from ..recipes import Recipe
 
 
+def configure_file(parser: ArgumentParser) -> None:
+    """Add the file and the overrides."""
+    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=fsdp")
+
+
 def configure(parser: ArgumentParser) -> None:
     """Add the file, the overrides, and how to launch."""
     from ..launcher import configurations
 
-    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=zero3")
+    configure_file(parser)
     parser.add_argument(
         "--launch",
         metavar="NAME",
@@ -54,10 +59,10 @@ def run(options: Namespace, command: Callable[["Recipe", "RunConfig"], int], for
 
     check_all_started()
     from .. import config, distributed
-    from ..recipes import RECIPES
+    from ..recipes import CONFIGS, RECIPES
 
     try:
-        run_config = config.load(options.config, options.overrides, {n: recipe.config for n, recipe in RECIPES.items()})
+        run_config = config.load(options.config, options.overrides, CONFIGS)
     except config.ConfigError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # the same on every rank: one per machine says it

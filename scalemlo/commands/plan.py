@@ -7,11 +7,12 @@ tokenizer and the data are read, for the shapes of the batches. See docs/plan.md
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from .on_recipe import configure_file
+
 
 def configure(parser: ArgumentParser) -> None:
     """Add the file, the overrides, the machine, and what to show."""
-    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=fsdp")
+    configure_file(parser)
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default 1)")
     parser.add_argument("--device-memory", metavar="SIZE", help="what a rank's device has, such as 80GiB")
     parser.add_argument("--cpu", action="store_true", help="ranks compute on CPUs, not on accelerators")
@@ -29,7 +30,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Plan."""
     from .. import config as cfg
-    from ..recipes import RECIPES
+    from ..recipes import CONFIGS, RECIPES
     from ..reporting import print_table
     from ..scheduler import advice as advise
     from ..scheduler.pictures import plot_phases, plot_sweep
@@ -37,13 +38,12 @@ def run(options: Namespace) -> int:
     from ..scheduler.simulate import pretrained_depth
 
     hardware = Hardware(options.tflops, options.link_gbps)
-    configs = {name: recipe.config for name, recipe in RECIPES.items()}
-    config = cfg.load(options.config, options.overrides, configs)
+    config = cfg.load(options.config, options.overrides, CONFIGS)
     build = RECIPES[config.recipe].build
     num_layers = None if options.exact else pretrained_depth(lambda: build(config))
 
     def simulate(change: advise.Change, world_size: int) -> Plan:
-        changed = cfg.load(options.config, advise.overridden(options.overrides, change), configs)
+        changed = cfg.load(options.config, advise.overridden(options.overrides, change), CONFIGS)
         return plan(
             lambda: build(changed),
             world_size=world_size * change.factor_of_ranks,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..dotted import flattened
 from ..precision import LossScaler
 
 if TYPE_CHECKING:
@@ -156,6 +157,18 @@ def read(config: Any) -> dict[str, Any]:
     return _flat(dict(config or {}))
 
 
+def stated(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Stage and dtype of the engine as a configuration states them: by field, the value and the key that says so."""
+    found = {}
+    stage = given.get("zero_optimization.stage", "auto")
+    if stage != "auto":
+        found["stage"] = stage, "zero_optimization.stage"
+    for dtype in ("bf16", "fp16"):
+        if given.get(f"{dtype}.enabled") is True:
+            found["dtype"] = dtype, f"{dtype}.enabled"
+    return found
+
+
 def offloads(given: Mapping[str, Any]) -> set[str]:
     """Fields of the engine that a configuration switches on."""
     return {field for section, field in OFFLOADS.items() if given.get(f"zero_optimization.{section}.device") == "cpu"}
@@ -291,11 +304,6 @@ def _agree(value: Any, ours: Any) -> bool:
     return a == b
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
-    return flat
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key; lists as tuples, since engines are hashable."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in flattened(tree).items()}

@@ -119,22 +119,18 @@ class Bridge(Listener):
         self._trainer = trainer
         self.due: set[str] = set()
 
-    def _call(self, event: str, **kwargs: Any) -> None:
-        t = self._trainer
-        t.control = getattr(t.callback_handler, event)(t.args, t.state, t.control, **kwargs)
-
     def _call_if_heard(self, event: str, **kwargs: Any) -> None:
         t = self._trainer
         t.control = t.callback_handler.call_if_heard(event, t.args, t.state, t.control, **kwargs)
 
     def on_tick_begin(self) -> None:
         """See :class:`Listener`."""
-        self._call("on_step_begin")
+        self._trainer._event("on_step_begin")
 
     def on_micro_batch(self, level: str) -> None:
         """See :class:`Listener`."""
         if level == self._trainer.model_level:
-            self._call("on_substep_end")
+            self._trainer._event("on_substep_end")
 
     def on_level_gradient(self, level: str, loss: float, norm: float, is_hypergradient: bool) -> None:
         """See :class:`Listener`."""
@@ -144,12 +140,12 @@ class Bridge(Listener):
             self._call_if_heard("on_hypergradient", level=level, norm=norm)
         if level == t.model_level:
             t.meter.count(loss)
-            self._call("on_pre_optimizer_step")
+            self._trainer._event("on_pre_optimizer_step")
 
     def on_level_step(self, level: str, loss: float) -> None:
         """See :class:`Listener`."""
         if level == self._trainer.model_level:
-            self._call("on_optimizer_step")
+            self._trainer._event("on_optimizer_step")
         self._call_if_heard("on_level_step_end", level=level, loss=loss)
 
     def on_tick_end(self) -> None:
@@ -157,7 +153,7 @@ class Bridge(Listener):
         t = self._trainer
         t.state.global_step += 1
         t.state.epoch = t.state.global_step / t.steps_per_epoch
-        self._call("on_step_end")
+        self._trainer._event("on_step_end")
         self.note_due()
 
     def note_due(self) -> None:

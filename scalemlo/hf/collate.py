@@ -17,7 +17,25 @@ LOGP_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Log-probabilities of a preference row under the reference model; TRL's names."""
 
 
-class PadCollator:
+class Padding:
+    """How rows are made as long as the longest of them: on the right, with a token that is attended to by none.
+
+    Args:
+        pad_token_id: Written where `attention_mask` is 0.
+        pad_to_multiple_of: Round the padded length up; 8 or more suits tensor cores and lowers the number of shapes
+            that a compiler sees.
+
+    Raises:
+        ValueError: If `pad_to_multiple_of` is below 1.
+    """
+
+    def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1):
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of ({pad_to_multiple_of}) must be at least 1; 1 means no rounding")
+        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
+
+
+class PadCollator(Padding):
     """Pad a list of rows on the right to the longest of them and make tensors.
 
     Columns of `labels` at the left in which no row has a label are cut (`token_losses` aligns narrower labels with
@@ -25,9 +43,8 @@ class PadCollator:
     CPU, because the loss must not look at the data.
 
     Args:
-        pad_token_id: Written where `attention_mask` is 0.
-        pad_to_multiple_of: Round the padded length up; 8 or more suits tensor cores and lowers the number of shapes
-            that a compiler sees.
+        pad_token_id: As in :class:`Padding`.
+        pad_to_multiple_of: As in :class:`Padding`.
         trim_labels: Cut label columns as said above. Turn off for code that expects `labels` [B, T].
 
     Raises:
@@ -35,8 +52,7 @@ class PadCollator:
     """
 
     def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1, trim_labels: bool = True):
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = check_multiple(pad_to_multiple_of)
+        super().__init__(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
         self.trim_labels = trim_labels
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -58,20 +74,8 @@ class PadCollator:
         }
 
 
-class PreferenceCollator:
-    """Pairs of sequences to compare, stacked: first the chosen one, then the rejected one.
-
-    Args:
-        pad_token_id: As in :class:`PadCollator`.
-        pad_to_multiple_of: As in :class:`PadCollator`.
-
-    Raises:
-        ValueError: If ``pad_to_multiple_of`` is below 1.
-    """
-
-    def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1):
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = check_multiple(pad_to_multiple_of)
+class PreferenceCollator(Padding):
+    """Pairs of sequences to compare, stacked: first the chosen one, then the rejected one; see :class:`Padding`."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch; a ``ValueError`` names a row with a side that has no label to predict.
@@ -99,20 +103,8 @@ class PreferenceCollator:
         }
 
 
-class ClassificationCollator:
-    """Sequences with one class each.
-
-    Args:
-        pad_token_id: As in :class:`PadCollator`.
-        pad_to_multiple_of: As in :class:`PadCollator`.
-
-    Raises:
-        ValueError: If ``pad_to_multiple_of`` is below 1.
-    """
-
-    def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1):
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = check_multiple(pad_to_multiple_of)
+class ClassificationCollator(Padding):
+    """Sequences with one class each; see :class:`Padding`."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch.
@@ -135,13 +127,6 @@ class ClassificationCollator:
 def has_target(labels: Sequence[int]) -> bool:
     """Whether a label can be predicted: the first position has no token before it."""
     return any(label != IGNORE_INDEX for label in labels[1:])
-
-
-def check_multiple(value: int) -> int:
-    """``pad_to_multiple_of``; a ``ValueError`` where it is below 1."""
-    if value < 1:
-        raise ValueError(f"pad_to_multiple_of ({value}) must be at least 1; 1 means no rounding")
-    return value
 
 
 def check_targets(rows: Sequence[Mapping[str, Any]], column: str) -> None:

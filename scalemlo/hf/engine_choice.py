@@ -10,7 +10,7 @@ from typing import Any
 from .. import launched
 from ..distributed import world_size
 from ..engines import DDP, ENGINE_SHORTHANDS, ENGINES, EngineSpec, Single
-from ..engines.deepspeed_config import read
+from ..engines.deepspeed_config import read, stated
 
 _FSDP_HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "version": (2, "2"),
@@ -116,11 +116,5 @@ def _fsdp(args: Any) -> dict[str, Any]:
 
 def _deepspeed(args: Any) -> dict[str, Any]:
     """Options of DeepSpeed from its own configuration; what stands in it is checked by the engine."""
-    config = read(args.deepspeed)
-    found: dict[str, Any] = {"type": "deepspeed", "config": args.deepspeed}
-    if config.get("zero_optimization.stage", "auto") != "auto":
-        found["stage"] = config["zero_optimization.stage"]
-    for dtype in ("bf16", "fp16"):
-        if config.get(f"{dtype}.enabled") is True:
-            found["dtype"] = dtype
-    return found
+    options = {field: value for field, (value, _) in stated(read(args.deepspeed)).items()}
+    return {"type": "deepspeed", "config": args.deepspeed} | options

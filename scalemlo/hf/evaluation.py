@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..data import map_tensors
-from ..distributed import all_reduce_sum, rank, world_size
+from ..distributed import all_reduce_sum, gather_objects, rank, world_size
 from ..program import Program
 from .losses import IGNORE_INDEX
 from .per_example import Losses, checked_losses
@@ -129,7 +128,7 @@ class Predictions:
         preprocess: From logits and labels to what is kept, or None.
     """
 
-    def __init__(self, preprocess: Callable[[Tensor, Tensor], Tensor] | None):
+    def __init__(self, preprocess: Callable[[Tensor, Tensor], Tensor] | None = None):
         self._preprocess = preprocess
         self._kept: list[tuple[int, np.ndarray, np.ndarray]] = []
 
@@ -153,11 +152,7 @@ class Predictions:
         Returns:
             Predictions and labels.
         """
-        everyone: list[Any] = [self._kept]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self._kept)
-        ordered = sorted((kept for part in everyone for kept in part), key=lambda kept: kept[0])
+        ordered = sorted((kept for part in gather_objects(self._kept) for kept in part), key=lambda kept: kept[0])
         return _stacked([kept[1] for kept in ordered]), _stacked([kept[2] for kept in ordered])
 
 

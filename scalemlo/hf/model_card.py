@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..reporting import markdown_table
+
 CITATIONS: Mapping[str, str] = {
     "Identity": "Luketina et al. 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters",
     "SAMA": "Choe et al. 2023, Making Scalable Meta Learning Practical",
@@ -87,5 +89,5 @@ def model_card(
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {f'{value:.6g}' if isinstance(value, float) else value} |" for key, value in values.items()]
-    return "\n".join(["| name | value |", "| --- | --- |", *rows])
+    rows = [[key, f"{value:.6g}" if isinstance(value, float) else value] for key, value in values.items()]
+    return markdown_table(["name", "value"], rows).rstrip()

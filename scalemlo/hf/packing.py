@@ -17,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .collate import check_multiple, check_targets, padded, round_up, stacked_ids
+from .collate import Padding, check_targets, padded, round_up, stacked_ids
 from .losses import IGNORE_INDEX
 
 
-class PackingCollator:
+class PackingCollator(Padding):
     """Pack a list of E examples into R rows.
 
     Args:
         pad_token_id: Written behind the last example of a row.
         max_length: Tokens of a row; None takes the length of the batch's longest example.
-        pad_to_multiple_of: As in :class:`~scalemlo.hf.collate.PadCollator`.
+        pad_to_multiple_of: As in :class:`~scalemlo.hf.collate.Padding`.
 
     Raises:
         ValueError: If ``pad_to_multiple_of`` is below 1.
     """
 
     def __init__(self, pad_token_id: int, *, max_length: int | None = None, pad_to_multiple_of: int = 1):
-        self.pad_token_id, self.max_length = pad_token_id, max_length
-        self.pad_to_multiple_of = check_multiple(pad_to_multiple_of)
+        super().__init__(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        self.max_length = max_length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch.

@@ -102,6 +102,7 @@ class Reweighting(ABC):
         self.args, self.losses = args, losses
         self.normalize = args.weight_normalization == "batch"
 
+    @abstractmethod
     def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The lower level's loss L on this rank's part of a batch.
 
@@ -113,6 +114,17 @@ class Reweighting(ABC):
         Returns:
             A scalar; its mean over ranks is L on the global batch.
         """
+
+    @abstractmethod
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Weights ``[B]`` for the table that is exported; runs the model only where weights depend on losses."""
+
+
+class OverExamples(Reweighting):
+    """Examples have weights, as :meth:`weights` gives them."""
+
+    def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.loss`."""
         losses = checked_losses(self.losses, model, batch)
         return weighted_mean(losses, self.weights(rater, batch, losses.detach()), normalize=self.normalize)
 
@@ -127,11 +139,25 @@ class Reweighting(ABC):
         """
 
     def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Weights ``[B]`` for the table that is exported; runs the model only where weights depend on losses."""
+        """See :meth:`Reweighting.example_weights`."""
         return self.weights(rater, batch, checked_losses(self.losses, model, batch).detach())
 
 
-class ByExample(Reweighting):
+class FromTable(OverExamples):
+    """A weight is looked up by a column of the batch, whatever the losses."""
+
+    column: str
+
+    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """See :meth:`OverExamples.weights`."""
+        return rater(batch[self.column])
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.example_weights`."""
+        return rater(batch[self.column])
+
+
+class ByExample(FromTable):
     """A table with one logit per training example.
 
     ``L = (1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, the mean over the training
@@ -140,27 +166,23 @@ class ByExample(Reweighting):
     are kept from step to step.
     """
 
+    column = "example_id"
+
     def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
         super().__init__(args, train, losses)
         present = torch.tensor(train.example_ids) if args.weight_normalization == "dataset" else None
         self.module = ExampleWeights(train.num_examples, present)
 
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """See :meth:`Reweighting.weights`."""
-        return rater(batch["example_id"])
 
-    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`Reweighting.example_weights`."""
-        return rater(batch["example_id"])
-
-
-class ByDomain(Reweighting):
+class ByDomain(FromTable):
     """A mixture of K domains.
 
     ``L = (1/B) sum_i (p_d(i) / q_d(i)) l_i`` with ``p = softmax(lambda)`` and q the shares of the domains in the
     training set, an unbiased estimate of ``sum_d p_d mean_{i in d} l_i``. Starts at p = q, plain fine-tuning.
     Pan et al. 2024, *ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting*.
     """
+
+    column = "domain_id"
 
     def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
         super().__init__(args, train, losses)
@@ -170,16 +192,8 @@ class ByDomain(Reweighting):
             raise ValueError(f"domains {empty} have no row in {train.name}; leave them out of domains.")
         self.module = DomainWeights(counts / counts.sum())
 
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """See :meth:`Reweighting.weights`."""
-        return rater(batch["domain_id"])
 
-    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`Reweighting.example_weights`."""
-        return rater(batch["domain_id"])
-
-
-class ByScore(Reweighting):
+class ByScore(OverExamples):
     """A net that scores examples by their loss.
 
     ``L = sum_i w_i l_i / sum_i w_i`` over the batch (``"batch"``) or ``(1/B) sum_i w_i l_i`` (``"none"``) with
@@ -192,7 +206,7 @@ class ByScore(Reweighting):
         self.module = ScoreNet(1, args.scorer_hidden_size)
 
     def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """See :meth:`Reweighting.weights`."""
+        """See :meth:`OverExamples.weights`."""
         return rater(losses[:, None])
 
 
@@ -217,10 +231,6 @@ class ByToken(Reweighting):
         losses, mask = token_losses(model, batch)
         weights = self._token_weights(rater, losses.detach(), mask)
         return weighted_mean(losses.flatten(), weights.flatten(), normalize=self.normalize)
-
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """Refused: weights are per token."""
-        raise NotImplementedError("tokens have weights here; use example_weights for their means")
 
     def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Reweighting.example_weights`."""

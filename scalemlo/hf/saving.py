@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.ranks import Ranks
 from ..distributed import is_main_process
 from ..program import Program
+from ..ranks import Ranks
 from ..weight_files import SHARD_BYTES, WeightFiles
 
 

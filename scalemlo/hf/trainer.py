@@ -15,10 +15,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput, has_length, speed_metrics
 
-from ..checkpoint.ranks import Ranks
 from ..level import Level
 from ..listener import Listener
 from ..program import Program
+from ..ranks import Ranks
 from .argument_rules import check_left_to_levels
 from .callbacks import Bridge, Meter, MLOCallbackHandler
 from .config import MLOConfig
@@ -184,7 +184,7 @@ class MLOTrainer(Evaluates, Saves):
         metrics = speed_metrics(
             "train",
             start,
-            num_samples=(state.global_step - first_step) * self._examples_per_step,
+            num_samples=(state.global_step - first_step) * self._examples_per_step(self.model_level),
             num_steps=state.global_step - first_step,
         ) | {"train_loss": self.meter.mean_loss}
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -195,11 +195,6 @@ class MLOTrainer(Evaluates, Saves):
         if args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(state.global_step, metrics["train_loss"], metrics)
-
-    @property
-    def _examples_per_step(self) -> int:
-        level = self.program.trainers[self.model_level].level
-        return (getattr(level.data, "batch_size", None) or 0) * level.gradient_accumulation_steps
 
     def _after_iteration(self, program: Program, record: dict[str, float]) -> None:
         state, bridge = self.state, self._bridge

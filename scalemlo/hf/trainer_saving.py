@@ -14,10 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..checkpoint.ranks import Ranks
 from ..distributed import is_main_process, world_size
-from ..level import Level
 from ..program import Program
+from ..ranks import Ranks
 from .config import MLOConfig
 from .hub import Hub
 from .model_card import model_card
@@ -178,14 +177,14 @@ class Saves:
             found[f"{name}: engine"] = repr(trainer.engine.spec)
             found[f"{name}: optimizer"] = type(trainer.optimizer).__name__
             found[f"{name}: learning rate"] = float(group.get("initial_lr", group["lr"]))
-            found[f"{name}: batch size"] = self._batch_size(level)
+            found[f"{name}: batch size"] = self._examples_per_step(name) or "as its data gives"
             found[f"{name}: unroll steps"] = level.unroll_steps
         return found
 
-    @staticmethod
-    def _batch_size(level: Level) -> Any:
-        size = getattr(level.data, "batch_size", None)
-        return size * level.gradient_accumulation_steps if size else "as its data gives"
+    def _examples_per_step(self, name: str) -> int:
+        """Examples of a step of a level; 0 where its data does not say."""
+        level = self.program.trainers[name].level
+        return (getattr(level.data, "batch_size", None) or 0) * level.gradient_accumulation_steps
 
 
 def _callback_states(callbacks: Sequence[TrainerCallback], control: TrainerControl) -> dict[str, Any]:

@@ -61,3 +61,6 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """Recipe by name."""
+
+CONFIGS = {name: recipe.config for name, recipe in RECIPES.items()}
+"""Configuration dataclass by recipe name: what :func:`scalemlo.config.load` takes."""

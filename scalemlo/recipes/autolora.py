@@ -18,16 +18,8 @@ from dataclasses import dataclass
 import scalemlo as mlo
 
 from ..hf.peft import chosen_ranks
-from .bilevel_peft import (
-    BilevelPeftConfig,
-    Method,
-    Run,
-    TaskLevel,
-    fresh_model,
-    from_main_process,
-    prepare,
-    search_program,
-)
+from ..ranks import Ranks
+from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, fresh_model, prepare, search_program
 
 
 @dataclass(kw_only=True)
@@ -80,7 +72,7 @@ def run(config: AutoLoRAConfig) -> bool:
     """
     whole = Run(config, METHOD)
     state = whole.search().state_dict("factors", trainable_only=True)
-    ranks = from_main_process(chosen_ranks(state))  # rank 0 alone has the state
+    ranks = Ranks().from_main(chosen_ranks(state))  # rank 0 alone has the state
     retrained = whole.retrain(fresh_model(config, whole.data, "lora", ranks=ranks))
     if not whole.interrupted:
         whole.save("lora", retrained, ranks=ranks)

@@ -68,9 +68,7 @@ def run(config: BiDoRAConfig) -> bool:
     whole = Run(config, METHOD)
     state = whole.search().state_dict("directions", trainable_only=True)
     model = add_orthogonality(fresh_model(config, whole.data, METHOD.kind), METHOD.term)
-    model.load_state_dict(
-        state, strict=False
-    )  # rank 0 alone has the state, and its weights are those that engines take
+    model.load_state_dict(state, strict=False)  # rank 0 alone has it, and its weights are those that engines take
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.requires_grad_(False)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -24,10 +23,9 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from ..assets import fetch, resolve_model
-from ..data import map_tensors
-from ..distributed import all_reduce_sum, is_main_process, rank, world_size
+from ..distributed import is_main_process
 from ..hf.data import keep_short, load_instructions
-from ..hf.losses import sequence_logits
+from ..hf.evaluation import Predictions, run_over
 from ..hf.models import LoraSpec, load_causal_lm
 from ..hf.peft import add_adapters, add_orthogonality
 from ..hf.prepare import prepare_dataset
@@ -330,28 +328,12 @@ def evaluate(program: mlo.Program, level: str, data: Prepared, batch_size: int =
     Returns:
         ``heldout loss`` and perhaps ``accuracy``.
     """
-    rows = data.heldout
-    mine, per_rank = range(rank(), len(rows), world_size()), -(-len(rows) // world_size())
-    totals = torch.zeros(2, dtype=torch.float64, device=program.device)
-    with program.inference(level) as model:
-        for start in range(0, per_rank, batch_size):
-            some = [rows[i] for i in mine[start : start + batch_size]]
-            batch = data.collate(some or [rows[0]])  # a rank without examples still joins the collectives
-            batch = map_tensors(lambda t: t.to(program.device), batch)
-            totals[0] += data.task.losses(model, batch)[: len(some)].double().sum()
-            if data.is_classification:
-                right = sequence_logits(model, batch).argmax(1) == batch["labels"]
-                totals[1] += right[: len(some)].sum()
-    loss, accuracy = (all_reduce_sum(totals) / len(rows)).tolist()
-    return {"heldout loss": loss} | ({"accuracy": accuracy} if data.is_classification else {})
-
-
-def from_main_process(value: Any) -> Any:
-    """A plain value of rank 0, on every rank. Collective."""
-    held = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(held)
-    return held[0]
+    logits = Predictions() if data.is_classification else None
+    found = run_over(program, level, data.heldout, data.collate, data.task.losses, batch_size, predictions=logits)
+    result = {"heldout loss": float(found.losses.mean())}
+    if found.predictions is not None:
+        result["accuracy"] = float((found.predictions.argmax(1) == found.labels).mean())
+    return result
 
 
 class Run:
@@ -383,11 +365,7 @@ class Run:
         Returns:
             The history.
         """
-        values = cfg.plain(self.config) | {"run": name}
-        tracker = mlo.TrackWith(
-            self.config.report_to, self.folder / "trackers", run_name=name, project=self.folder.name, config=values
-        )
-        history = program.run(num_steps, callbacks=[tracker])
+        history = program.run(num_steps, callbacks=[self.config.tracker(name)])
         self.interrupted = history.interrupted
         found = evaluate(program, level, self.data)
         seconds = sum(phase.cpu_seconds for phase in history.phases.values())

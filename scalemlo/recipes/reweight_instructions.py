@@ -13,7 +13,6 @@ Reference: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learn
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from ..data import map_tensors
-from ..distributed import all_reduce_sum, is_main_process, rank, world_size
+from ..distributed import is_main_process, world_size
 from ..hf.collate import PadCollator
 from ..hf.data import InstructionDataset, corrupt, keep_short, load_instructions, split_rows
+from ..hf.evaluation import map_examples
 from ..hf.losses import example_losses
 from ..hf.models import LoraSpec, load_causal_lm
 from ..hf.reweighting import ExampleWeights
@@ -213,7 +212,7 @@ def prepare(config: ReweightInstructionsConfig, tokenizer) -> Prepared:
     )
 
 
-def losses_of(program: mlo.Program, dataset: Dataset, data: Prepared, batch_size: int) -> Tensor:
+def losses_of(program: mlo.Program, dataset: Dataset, data: Prepared, batch_size: int) -> np.ndarray:
     """Loss of every example of a data set, all ranks sharing the work. Collective.
 
     Args:
@@ -226,17 +225,8 @@ def losses_of(program: mlo.Program, dataset: Dataset, data: Prepared, batch_size
         Losses ``[N]`` in fp64, equal on every rank.
     """
     share = max(1, batch_size // world_size())
-    size = len(dataset)  # type: ignore[arg-type]
-    mine = list(range(rank(), size, world_size()))
-    per_rank = math.ceil(size / world_size())
-    losses = torch.zeros(size, dtype=torch.float64, device=program.device)
     with program.inference("finetune") as model:
-        for start in range(0, per_rank, share):
-            indices = mine[start : start + share]
-            rows = [dataset[i] for i in indices or [0]]  # a rank without examples still joins the collectives
-            batch = map_tensors(lambda t: t.to(program.device), data.collate(rows))
-            losses[indices] = example_losses(model, batch)[: len(indices)].double()
-    return all_reduce_sum(losses)
+        return map_examples(program, dataset, data.collate, share, lambda batch: example_losses(model, batch))
 
 
 def heldout_loss(program: mlo.Program, data: Prepared, batch_size: int) -> float:
@@ -326,7 +316,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
 
     program = build_program(config, data, model, plain=False)
     pretrained = heldout_loss(program, data, train.eval_batch_size)
-    first_losses = losses_of(program, data.train, data, train.eval_batch_size).cpu().numpy()
+    first_losses = losses_of(program, data.train, data, train.eval_batch_size)
     program.extra_state["held-out losses"] = [(0, pretrained)]
     checkpoints = folder / "checkpoints"
     saving = None
@@ -334,7 +324,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
         saving = mlo.Checkpointing(checkpoints, train.save_every, train.save_total_limit)
     evaluate = _evaluator(config, data)
     resume = checkpoints if train.resume else False
-    callbacks = [evaluate, _tracker(config, "reweighted")]
+    callbacks = [evaluate, config.tracker("reweighted")]
     histories = {"reweighted": program.run(train.steps, callbacks=callbacks, checkpoint=saving, resume=resume)}
     save_pretrained(program, "finetune", folder / "reweighted", tokenizer)
     weights = torch.sigmoid(program.state_dict("rater").get("logits", torch.zeros(0))).numpy()
@@ -349,7 +339,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
         steps = train.steps * train.unroll_steps
         plain.extra_state["held-out losses"] = curves["plain"]
         every = _evaluator(config, data, steps_per_outer=train.unroll_steps)
-        histories["plain"] = plain.run(steps, callbacks=[every, _tracker(config, "plain")])
+        histories["plain"] = plain.run(steps, callbacks=[every, config.tracker("plain")])
         _add_last(plain, data, config, steps_per_outer=train.unroll_steps)
     if is_main_process():
         _report(folder, data, weights, first_losses, curves, histories)
@@ -365,12 +355,6 @@ def _load(config: ReweightInstructionsConfig):
 def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
     batch = pad(rows)  # type: ignore[arg-type]
     return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
-
-
-def _tracker(config: ReweightInstructionsConfig, run_name: str) -> mlo.TrackWith:
-    folder = Path(config.output_dir)
-    values = cfg.plain(config) | {"run": run_name}
-    return mlo.TrackWith(config.report_to, folder / "trackers", run_name=run_name, project=folder.name, config=values)
 
 
 def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> mlo.program.Callback:

@@ -1,27 +1,24 @@
 """Runs the phases of a program: notes their order, and has the states they need on the device within the budget."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..distributed import any_rank
+from ..ranks import Ranks
 from ..tracking import peak_bytes
 from .memory import Memory
 from .phases import Phase, StateName, Timeline, states_of, tensors_of, uses_of
 from .residency import Moves, Residency, State
 from .sizes import format_bytes
-from .tracker import MemoryTracker
+from .tracker import KIND_OF_STATE, MemoryTracker
 
 if TYPE_CHECKING:
     from ..engines import Engine
     from ..training import LevelTrainer
-
-_KINDS = {"weights": "weights", "optimizer": "optimizer", "memory": "estimator", "trajectory": "estimator"}
-"""What :class:`MemoryTracker` calls the kinds of states."""
 
 
 class Scheduler:
@@ -81,11 +78,11 @@ class Scheduler:
             return
         is_new = phase not in self.transient_bytes
         with self._holding(phase.uses):
-            moves = self._agreed(partial(self._enter_first, phase)) if is_new else self._enter(phase)
+            moves = Ranks().together(partial(self._enter_first, phase)) if is_new else self._enter(phase)
             with self._measured(phase, is_new=is_new):
                 yield moves
             if is_new:
-                self._agreed(partial(self._check_fits, phase))
+                Ranks().together(partial(self._check_fits, phase))
 
     def _enter_first(self, phase: Phase) -> Moves:
         self._check_fits(phase)
@@ -153,7 +150,7 @@ class Scheduler:
         assert self._tracker is not None and self.residency is not None
         for state in self.residency.states.values():
             for tensor in state.tensors() if state.is_resident else ():
-                self._tracker.tag(tensor, _KINDS[state.name.kind])
+                self._tracker.tag(tensor, KIND_OF_STATE[state.name.kind])
 
     # ---- what does not fit -------------------------------------------------------------------------------------------
     def _check_fits(self, phase: Phase) -> None:
@@ -182,17 +179,6 @@ class Scheduler:
         read = [engines[n.owner] for n in phase.uses if n.kind == "weights" and n.owner in engines]
         units = [unit for engine in read if phase.name != "step" for unit in _gathered_units(engine)]
         return max(units, key=lambda unit: unit[1], default=("", 0))
-
-    def _agreed(self, action: Callable[[], Moves | None]) -> Moves:
-        """Do what may fail on one rank, and fail on all then. Collective: where phases are run for the first time."""
-        error, moves = None, None
-        try:
-            moves = action()
-        except ValueError as caught:
-            error = caught
-        if any_rank(error is not None):
-            raise error or ValueError("another rank's states do not fit its memory; its message says which.")
-        return moves or Moves()
 
     # ---- outside of phases -------------------------------------------------------------------------------------------
     @contextmanager

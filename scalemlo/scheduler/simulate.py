@@ -36,9 +36,9 @@ from ..data import BatchStream, map_tensors
 from ..engines import ddp, gather, sharded
 from ..engines.deepspeed import DeepSpeed
 from ..program import Program
-from ..shards import Shards
 from ..trajectory import Trajectory
-from .tracker import HOST, MemoryTracker, PhaseUse
+from .phases import tensors_of
+from .tracker import HOST, KIND_OF_STATE, MemoryTracker, PhaseUse
 
 NUM_BATCHES_LOOKED_AT = 8
 
@@ -322,12 +322,9 @@ def _on_accelerator(tracker: MemoryTracker) -> Iterator[None]:
     def foreach(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
         return False, True
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a.reshape(-1).double() * b.reshape(-1).double()).sum()
-
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Trajectory, "record", record_on_host))
-        stack.enter_context(mock.patch.object(shards, "_dot", dot))
+        stack.enter_context(mock.patch.object(shards, "_dot", shards.dot_on_accelerator))
         for name in ("adam", "sgd"):  # adamw runs adam
             optimizer = importlib.import_module(f"torch.optim.{name}")  # torch.optim hides its modules
             stack.enter_context(mock.patch.object(optimizer, "_default_to_fused_or_foreach", foreach))
@@ -350,29 +347,14 @@ def _tagging(tracker: MemoryTracker) -> Iterator[None]:
 
 def _classify(program: Program, tracker: MemoryTracker) -> None:
     """Tag all that lives from one iteration to the next."""
-    for engine in dict.fromkeys(t.engine for t in program.trainers.values()):
-        for t in [*(engine.local(n) for n in engine.parameters), *engine.module.buffers()]:
-            tracker.tag(t, "weights")
-        for bucket in getattr(getattr(engine, "_ddp", None), "buckets", ()):
-            tracker.tag(bucket, "engine")
     for trainer in program.trainers.values():
-        for name in trainer.block.names:
-            for t in trainer.optimizer_state(name).values():
-                if isinstance(t, Tensor):
-                    tracker.tag(t, "optimizer")
-        for t in _tensors(trainer.memory):
-            tracker.tag(t, "estimator")
-
-
-def _tensors(kept: Any) -> Iterator[Tensor]:
-    if isinstance(kept, Tensor):
-        yield kept
-    elif isinstance(kept, (dict, Shards)):
-        for value in kept.values():
-            yield from _tensors(value)
-    elif isinstance(kept, (list, tuple)):
-        for value in kept:
-            yield from _tensors(value)
+        for state in ("weights", "optimizer", "memory"):
+            for t in tensors_of(trainer, state):
+                tracker.tag(t, KIND_OF_STATE[state])
+        for t in trainer.engine.module.buffers():
+            tracker.tag(t, "weights")
+        for bucket in getattr(getattr(trainer.engine, "_ddp", None), "buckets", ()):
+            tracker.tag(bucket, "engine")
 
 
 class _SimulatedDDP(nn.Module):

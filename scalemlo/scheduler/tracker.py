@@ -30,6 +30,9 @@ KINDS = (*PERSISTENT, "carried", "gathered", "working")
 """All kinds on the device: beside the persistent ones, what an earlier phase left for later ones (gradients, adjoints,
 batches), weights gathered for the moment, and everything else the phase in hand has made."""
 
+KIND_OF_STATE = {"weights": "weights", "optimizer": "optimizer", "memory": "estimator", "trajectory": "estimator"}
+"""By the kinds of :class:`~.phases.StateName`."""
+
 HOST = "host"
 """Kind of what lies in the host's memory where there is an accelerator; no part of the totals."""
 
