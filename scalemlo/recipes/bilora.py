@@ -19,6 +19,7 @@ import scalemlo as mlo
 
 from ..hf.peft import factor_orthogonality, gated_to_lora
 from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, prepare, search_program
+from .recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -77,3 +78,13 @@ def run(config: BiLoRAConfig) -> bool:
     state = whole.search().state_dict("vectors", trainable_only=True)
     whole.save("lora", gated_to_lora(state))
     return whole.finish()
+
+
+RECIPE = Recipe(
+    BiLoRAConfig,
+    build,
+    run,
+    "fine-tune with low-rank updates, learning their pseudo singular values on a validation split",
+    "Qiang et al. 2024, BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of "
+    "Large Pre-trained Models (arXiv:2403.13037)",
+)

@@ -37,6 +37,7 @@ from ..hf.reweighting import ExampleWeights
 from ..hf.saving import save_pretrained
 from ..report import write_report
 from ..reporting import PHASE_HEADER, auroc, markdown_table, phase_rows, plot_reweighting, print_table
+from .recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -425,3 +426,12 @@ def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     write_report(folder)
     print(f"wrote {folder}/report.html, report.png, report.md, weights.csv, weights.parquet, reweighted/")
+
+
+RECIPE = Recipe(
+    ReweightInstructionsConfig,
+    build,
+    run,
+    "fine-tune a language model on instructions, learning the weight of every example from a small clean set",
+    "Ren et al. 2018, Learning to Reweight Examples for Robust Deep Learning (arXiv:1803.09050)",
+)
