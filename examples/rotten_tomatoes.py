@@ -15,21 +15,19 @@ Expected: reweighted + clean above weak only and clean only on average, level wi
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rotten_tomatoes_data import encode, load_reviews, split_by_movie, vader_labels
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
-from scalemlo.assets import cache_dir, fetch
+from scalemlo.recipes.reviews import weak_reviews
 from scalemlo.reporting import markdown_table
 
-NUM_CLEAN, BATCH_SIZE, LAYERS = 100, 256, (4, 5)
+NUM_CLEAN, BATCH_SIZE = 100, 256
 METHODS = {
     "weak labels only": dict(lr=3e-4, weight_decay=10.0),
     "100 clean labels only": dict(lr=1e-4),
@@ -70,25 +68,6 @@ class Rate(mlo.Level):
 
     def loss(self, batch, train):
         return losses(train, batch).mean()
-
-
-def load() -> dict[str, Tensor]:
-    """Standardised features ``[N, 768]``, true and weak labels ``[N]``, and the split."""
-    frame = load_reviews(fetch("rotten_tomatoes"))
-    cache = cache_dir() / f"rotten_tomatoes_features_{'_'.join(map(str, LAYERS))}.pt"
-    if not cache.exists():
-        print("encoding the sentences, once", flush=True)
-        torch.save(encode(frame.text.tolist(), fetch("minilm-l6-v2"), layers=LAYERS), cache)
-    split = split_by_movie(frame.movie.to_numpy(), seed=0)
-    x = torch.load(cache).flatten(1)
-    x = (x - x[split.train].mean(0)) / x[split.train].std(0).clamp_min(1e-6)
-    return {
-        "x": x,
-        "label": torch.tensor(frame.label.to_numpy()),
-        "weak": torch.tensor(vader_labels(frame.text.tolist()).labels),
-        "train": torch.tensor(split.train),
-        "test": torch.tensor(split.test),
-    }
 
 
 def train(method: str, data: dict[str, Tensor], seed: int, steps: int) -> tuple[float, float | None]:
@@ -137,7 +116,7 @@ def main() -> dict[str, float]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="20 steps instead of 300")
     options = parser.parse_args()
-    data = load()
+    data = weak_reviews()
     rows, means = [], {}
     for method in METHODS:
         found = [train(method, data, seed, 20 if options.quick else 300) for seed in range(options.seeds)]
@@ -152,5 +131,4 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    Path(cache_dir()).mkdir(parents=True, exist_ok=True)
     main()

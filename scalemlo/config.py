@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_type_hints
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Discriminator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Discriminator, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from yaml import YAMLError
 
@@ -30,6 +30,7 @@ from .engines import DDP, ENGINE_SHORTHANDS, ENGINES, EngineSpec, Single
 from .engines.base import DType
 from .hypergradients import ESTIMATORS
 from .provenance import Provenance
+from .scheduler.memory import Memory
 from .trackers import TrackWith, tracker_names
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,24 @@ UNIONS = {"engine": ENGINE_CONFIGS, "hypergradient": ESTIMATOR_CONFIGS}
 """Config dataclasses by ``type``, by the key of the section."""
 
 
+def _memory(given: Any) -> Memory | None:
+    """A budget from a size of the device, or from a mapping."""
+    if given is None or isinstance(given, Memory):
+        return given
+    if not isinstance(given, dict):
+        return Memory(device=given)
+    known = [f.name for f in dataclasses.fields(Memory)]
+    unknown = sorted(set(given) - set(known))
+    if unknown or "device" not in given:
+        wrong = f"unknown key {unknown[0]!r}" if unknown else "device is missing"
+        raise ValueError(f"{wrong}; give a size such as 70GiB, or a mapping with keys {known}, of which device must be")
+    return Memory(**given)
+
+
+MemoryConfig = Annotated[Memory | None, BeforeValidator(_memory, json_schema_input_type=Memory | int | str | None)]
+"""A memory budget: a size, or a mapping with the fields of :class:`scalemlo.Memory`."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """What every recipe's configuration has.
@@ -169,6 +188,10 @@ class RunConfig:
         num_processes: If set, the run refuses to start with another number of processes.
         engine: How modules are held: a name, or ``type`` and the options of that engine.
         nonfinite: ``raise`` or ``skip`` when a value is NaN or infinite.
+        memory: What a rank may take of its device, such as ``70GiB``, or a mapping with ``device``, ``host`` and
+            ``disk``; states that a phase does not need leave the device where they must. ``null`` moves nothing.
+        plan: Whether to plan the run's memory beside it, in a process of low priority, and to show planned beside
+            measured peaks at the end.
         report_to: Trackers that follow the run, such as ``tensorboard`` or ``[wandb, mlflow]``; ``none`` for none.
         provenance: Where a run came from; written by runs into their ``run.yaml``. A replay ignores it, but warns of
             versions that differ.
@@ -181,6 +204,8 @@ class RunConfig:
     num_processes: int | None = None
     engine: EngineConfig = field(default_factory=AutoConfig)  # type: ignore[valid-type]
     nonfinite: Literal["raise", "skip"] = "raise"
+    memory: MemoryConfig = None
+    plan: bool = True
     report_to: Annotated[list[str] | str, AfterValidator(tracker_names)] = field(default_factory=list)
     provenance: Provenance | None = None
 

@@ -29,6 +29,7 @@ from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from .check import CheckReport
+    from .scheduler.plan import Plan
 
 Callback = Callable[["Program", dict[str, float]], None]
 """Called after every outer iteration with the program and the record of the iteration."""
@@ -299,6 +300,24 @@ class Program:
         if not self._scheduler.timeline.phases:
             raise ValueError("no outer iteration has run yet, so its phases are not known; call step() or run() first.")
         return self._scheduler.timeline.phases
+
+    def plan(self, *, world_size: int | None = None, engine: EngineSpec | None = None, **options: Any) -> "Plan":
+        """What one outer iteration takes per rank at any world size; :func:`scalemlo.plan` does it without weights.
+
+        Works in a fork of this process, on tensors without data, and leaves the program as it is. Not collective.
+
+        Args:
+            world_size: Number of ranks; by default, of those that run.
+            engine: In the place of every level's own; :class:`Single` has no plan for several ranks.
+            **options: ``device_memory``, ``accelerator`` (by default what this rank computes on) and ``hardware`` of
+                :func:`scalemlo.plan`.
+
+        Returns:
+            The plan.
+        """
+        from .scheduler.replan import plan_of
+
+        return plan_of(self, world_size, engine, options)
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint: ``folder/step-000123``, complete or not there. Collective, between outer iterations.

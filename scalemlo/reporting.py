@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -28,18 +29,56 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]) + "\n"
 
 
-def phase_rows(histories: Mapping[str, History]) -> list[list[object]]:
-    """Seconds and bytes per phase of some runs: run, phase, calls, seconds, seconds per call, peak MiB."""
-    rows: list[list[object]] = []
+def phase_table(
+    histories: Mapping[str, History], plan: Mapping[str, Any] | None = None, why_not: str = ""
+) -> tuple[list[str], list[list[str]], str]:
+    """Seconds and bytes per phase of some runs, measured beside planned.
+
+    Args:
+        histories: By run.
+        plan: What :meth:`scalemlo.scheduler.beside.PlanBeside.finish` gave; without, there is no column for it.
+        why_not: Why there is no plan.
+
+    Returns:
+        Header, rows, and what is to be said below them.
+    """
+    header = ["run", "phase", "calls", "seconds", "per call", "peak MiB", *(["planned MiB"] if plan else [])]
+    said = f"Not planned: {why_not}." if why_not else ""
+    rows = []
     for run, history in histories.items():
+        planned, beside = planned_peaks(plan, run, history.resident_at_start)
+        if beside:
+            said = (
+                f"Peaks are of the whole process; the planned ones are the program's, and {beside / MIB:.0f} MiB that "
+                "the process had beside the program's weights when training began."
+            )
         for phase, stats in history.phases.items():
-            per_call = stats.wall_seconds / stats.num_calls
-            rows.append([run, phase, stats.num_calls, f"{stats.wall_seconds:.1f}", f"{per_call:.2f}",
-                         f"{stats.peak_bytes / 2**20:.0f}"])  # fmt: skip
-    return rows
+            row = [run, phase, f"{stats.num_calls}", f"{stats.wall_seconds:.1f}"]
+            row += [f"{stats.wall_seconds / stats.num_calls:.2f}", f"{stats.peak_bytes / MIB:.0f}"]
+            rows.append([*row, f"{planned[phase] / MIB:.0f}" if phase in planned else ""] if plan else row)
+    return header, rows, said
 
 
-PHASE_HEADER = ["run", "phase", "calls", "seconds", "per call", "peak MiB"]
+def planned_peaks(
+    plan: Mapping[str, Any] | None, run: str, resident_at_start: int | None
+) -> tuple[dict[str, float], float]:
+    """Planned peaks, as they are measured: of the allocator on an accelerator, of the whole process on the CPU.
+
+    Args:
+        plan: What :meth:`scalemlo.scheduler.beside.PlanBeside.finish` gave.
+        run: Whose peaks are wanted; those of a run that the plan is not of are not known.
+        resident_at_start: See :class:`~.tracking.History`.
+
+    Returns:
+        Bytes by phase, and those among them that the process has beside the program.
+    """
+    if plan is None or plan.get("program", run) != run:
+        return {}, 0.0
+    beside = max(0.0, resident_at_start - plan["start_bytes"]) if resident_at_start else 0.0
+    return {phase: beside + peak for phase, peak in plan["peak_by_phase"].items()}, beside
+
+
+MIB = 2**20
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -50,6 +50,8 @@ class History:
         skipped: Number of skipped updates by ``"<level>/<phase>"`` where a value was not finite.
         solves: Number of solves by ``"<level>/<status>"`` that did not end as asked for.
         interrupted: Whether Ctrl-C ended the run early.
+        resident_at_start: On the CPU, resident bytes of the process when its first phase began; 0 on accelerators,
+            whose peaks are those of the allocator alone.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -57,6 +59,7 @@ class History:
     skipped: dict[str, int] = field(default_factory=dict)
     solves: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    resident_at_start: int | None = None
 
     def column(self, key: str) -> list[float]:
         """One value per outer iteration, for those that have it."""
@@ -66,6 +69,8 @@ class History:
     def phase(self, level: str, name: str, device: torch.device) -> Iterator[None]:
         """Time a phase and note its peak memory (allocated on the device; resident of the process on CPU)."""
         stats = self.phases.setdefault(f"{level}/{name}", PhaseStats())
+        if self.resident_at_start is None:
+            self.resident_at_start = psutil.Process().memory_info().rss if device.type == "cpu" else 0
         reset_peak_bytes(device)
         wall, cpu = time.perf_counter(), time.process_time()
         try:
@@ -94,7 +99,8 @@ class History:
             writer.writeheader()
             writer.writerows(self.steps)
         summary: dict[str, Any] = {name: stats.as_row() for name, stats in self.phases.items()}
-        content = {"phases": summary, "skipped": self.skipped, "solves": self.solves}
+        content: dict[str, Any] = {"phases": summary, "skipped": self.skipped, "solves": self.solves}
+        content["resident_at_start"] = self.resident_at_start
         (folder / "phases.json").write_text(json.dumps(content, indent=2))
 
 

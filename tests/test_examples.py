@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from scalemlo.recipes import reviews
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -59,19 +61,18 @@ def test_rotten_tomatoes_methods_learn_made_sentences(load, method):
     assert (auroc is None) == (not method.startswith("reweighted"))
 
 
-def test_vader_split_and_reviews(load, tmp_path):
-    data = load("rotten_tomatoes_data")
-    split = data.split_by_movie([f"movie {i % 40}" for i in range(400)], seed=0)
+def test_vader_split_and_reviews(tmp_path):
+    split = reviews.split_by_movie([f"movie {i % 40}" for i in range(400)], seed=0)
     movies = [{i % 40 for i in part} for part in split]
     assert not (movies[0] & movies[1] or movies[0] & movies[2] or movies[1] & movies[2])
     assert sum(len(part) for part in split) == 400
-    labels = data.vader_labels(["a wonderful, great film", "a horrible mess", "the film"]).labels
-    assert labels.tolist() == [data.FRESH, data.ROTTEN, data.ABSTAIN]
+    labels = reviews.vader_labels(["a wonderful, great film", "a horrible mess", "the film"]).labels
+    assert labels.tolist() == [reviews.FRESH, reviews.ROTTEN, reviews.ABSTAIN]
     (tmp_path / "reviews.csv").write_text(
         "category,text,movie_name\nfresh,good,A\nrotten,bad,B\nplot,x,C\nfresh,good,D\n"
     )
-    frame = data.load_reviews(tmp_path / "reviews.csv")
-    assert frame["label"].tolist() == [data.FRESH, data.ROTTEN]
+    frame = reviews.load_reviews(tmp_path / "reviews.csv")
+    assert frame["label"].tolist() == [reviews.FRESH, reviews.ROTTEN]
 
 
 def test_trainer_example_weighs_a_tiny_model(load, tmp_path):

@@ -34,6 +34,7 @@ def run(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"heldout": {"reweighted": [[0, 3.0], [30, 2.0]]}}))
     plan = {"verdict": "peak 5 MiB per rank.", "phases": []}
     plan["phases"] = [{"name": "finetune/direct gradient", "seconds": s, "peak_bytes": 5 * 2**20} for s in (0.25, 0.5)]
+    plan["peak_by_phase"] = {"finetune/direct gradient": 5 * 2**20}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "run.yaml").write_text(
         "recipe: reweight_instructions\nseed: 3\nprovenance: {date: '2026-01-01', versions: {torch: 2.13.0}}\n"

@@ -24,6 +24,7 @@ data: {{name: {folder}/data.jsonl, num_train: 48, num_meta: 16, num_heldout: 13,
 train: {{steps: 4, unroll_steps: 2, batch_size: 8, meta_batch_size: 8, eval_every: 2, eval_batch_size: 4}}
 finetune: {{learning_rate: 1.0e-2, lr_scheduler_type: linear, warmup_steps: 2}}
 weights: {{learning_rate: 0.3}}
+plan: false
 """
 
 

@@ -20,6 +20,9 @@ def configure(parser: ArgumentParser) -> None:
         "--tflops", type=float, default=400.0, help="reached in matrix products, per rank (default 400)"
     )
     parser.add_argument("--link-gbps", type=float, default=400.0, help="sent by a rank, in 1e9 bits/s (default 400)")
+    parser.add_argument(
+        "--host-gbps", type=float, default=400.0, help="moved to and from the host by a rank (default 400)"
+    )
     parser.add_argument("--exact", action="store_true", help="simulate all layers of a deep model (slow)")
     parser.add_argument("--no-advice", action="store_true", help="if it does not fit, do not look for what would")
     parser.add_argument("--sweep", metavar="world-size=8,16", help="plan for several numbers of ranks; draws a PNG")
@@ -34,10 +37,10 @@ def run(options: Namespace) -> int:
     from ..reporting import print_table
     from ..scheduler import advice as advise
     from ..scheduler.pictures import plot_phases, plot_sweep
-    from ..scheduler.plan import HEADER, Hardware, Plan, plan
+    from ..scheduler.plan import HEADER, MOVE_HEADER, Hardware, Plan, plan
     from ..scheduler.simulate import pretrained_depth
 
-    hardware = Hardware(options.tflops, options.link_gbps)
+    hardware = Hardware(options.tflops, options.link_gbps, options.host_gbps)
     config = cfg.load(options.config, options.overrides, CONFIGS)
     build = RECIPES[config.recipe].build
     num_layers = None if options.exact else pretrained_depth(lambda: build(config))
@@ -65,6 +68,8 @@ def run(options: Namespace) -> int:
 
     found = simulate(advise.Change(), options.world_size)
     print_table(f"One outer iteration, per rank of {options.world_size}", HEADER, found.rows)
+    if found.memory is not None:
+        print_table(f"Moved to keep within {found.memory}", MOVE_HEADER, found.move_rows)
     if found.depths:
         print(f"{num_layers} layers, extrapolated from {', '.join(map(str, found.depths))}; --exact simulates all.")
     print(found.verdict)

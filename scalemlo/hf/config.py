@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +29,9 @@ NORMALIZATIONS: Mapping[str, tuple[str, ...]] = {
 }
 """What weights may be divided by, by ``reweighting``; the first is the default."""
 
+SCORER_FEATURES = ("loss", "embedding")
+"""What the net of ``reweighting="scorer"`` may see of an example."""
+
 
 _DICTS = ("hypergradient_options", "dataset_options", "model_init_kwargs")
 
@@ -43,7 +46,7 @@ class MLOConfig(TrainingArguments):
     happen at the end of the first outer iteration at or past the step they are due at.
 
     Defaults that differ from transformers: ``optim="adamw_torch"``, ``dataloader_drop_last=True``,
-    ``logging_steps=10``.
+    ``logging_steps=10``. ``weight_decay`` acts on all parameters that are trained, biases and norms included.
 
     Args:
         engine: How the fine-tuned model is held: ``"auto"`` (what ``fsdp``, ``deepspeed`` or the launcher ask for, else
@@ -147,6 +150,10 @@ class MLOConfig(TrainingArguments):
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"hypergradient_options: {unknown} are unknown to {given!r}; its options are {known}.")
+        needed = [f.name for f in dataclasses.fields(ESTIMATORS[given]) if _has_no_default(f)]
+        missing = [name for name in needed if name not in options]
+        if missing:
+            raise ValueError(f"hypergradient={given!r} needs hypergradient_options with {missing}: it has no default.")
         return ESTIMATORS[given](**options)
 
     def build_optimizer(self) -> partial:
@@ -180,6 +187,8 @@ class ReweightingConfig(MLOConfig):
             of the batch (nets), ``"none"`` not at all. ``"auto"``: ``"dataset"`` for tables and ``"batch"`` for nets,
             whose raw weights tend to collapse to a constant.
         domain_column: Column of the training set that names an example's domain.
+        scorer_features: What the net of ``"scorer"`` sees of an example: its ``"loss"``, its ``"embedding"`` (the
+            mean of the last hidden state over its tokens), or both.
         scorer_hidden_size: Width of the net's hidden layer.
         meta_learning_rate: Of the weights.
         meta_optim: ``"adamw_torch"``, ``"adamw_torch_fused"`` or ``"sgd"``, which keeps the size of the gradient: for
@@ -196,6 +205,7 @@ class ReweightingConfig(MLOConfig):
     reweighting: str = "example"
     weight_normalization: str = "auto"
     domain_column: str | None = None
+    scorer_features: list[str] = field(default_factory=lambda: ["loss"])
     scorer_hidden_size: int = 64
     meta_learning_rate: float = 1e-2
     meta_optim: str = "adamw_torch"
@@ -209,6 +219,7 @@ class ReweightingConfig(MLOConfig):
             raise ValueError(f"reweighting={self.reweighting!r} is unknown; choose one of {list(NORMALIZATIONS)}.")
         if self.reweighting == "domain" and self.domain_column is None:
             raise ValueError("reweighting='domain' needs domain_column, the column that names an example's domain.")
+        self._check_scorer_features()
         allowed = NORMALIZATIONS[self.reweighting]
         if self.weight_normalization == "auto":
             self.weight_normalization = allowed[0]
@@ -228,6 +239,16 @@ class ReweightingConfig(MLOConfig):
             raise ValueError(f"meta_optim={self.meta_optim!r} is unknown; choose one of {sorted(OPTIMIZERS)}.")
         if not self.meta_learning_rate > 0:
             raise ValueError(f"meta_learning_rate={self.meta_learning_rate!r} must be positive.")
+
+    def _check_scorer_features(self) -> None:
+        features = list(self.scorer_features)
+        if not features or len(set(features)) < len(features) or not set(features) <= set(SCORER_FEATURES):
+            raise ValueError(f"scorer_features={features!r} must be one or both of {list(SCORER_FEATURES)}.")
+        if self.reweighting != "scorer" and features != ["loss"]:
+            raise ValueError(
+                f"scorer_features={features!r} has no effect with reweighting={self.reweighting!r}: only the net of "
+                "'scorer' sees examples. Set reweighting='scorer', or leave it out."
+            )
 
     @property
     def meta_batch_size(self) -> int:
@@ -263,6 +284,10 @@ def optimizer_of(name: str, learning_rate: float, args: MLOConfig, weight_decay:
     if name != "sgd":
         common |= dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
     return partial(OPTIMIZERS[name], **common)
+
+
+def _has_no_default(option: dataclasses.Field) -> bool:
+    return option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
 
 
 def _from_command_line(value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..distributed import all_reduce_sum, gather_objects, rank, world_size
 from ..program import Program
 from .losses import IGNORE_INDEX
 from .per_example import Losses, checked_losses
+from .recorder import Recorder
 
 
 def map_examples(
@@ -32,7 +33,8 @@ def map_examples(
         dataset: N examples.
         collate: Makes a batch of a list of examples.
         batch_size: Examples per batch and rank.
-        values: From a batch of B examples to values ``[B]``.
+        values: From a batch of B examples to values ``[B]``, in the order of its ``example_id`` if it has them, else in
+            that of the list that was collated.
         after_batch: Called after each.
 
     Returns:
@@ -42,9 +44,18 @@ def map_examples(
     for indices in _my_batches(len(dataset), batch_size):
         rows = [dataset[i] for i in indices or [0]]  # a rank without examples still joins the collectives
         batch = map_tensors(lambda t: t.to(program.device), collate(rows))
-        found[indices] = values(batch)[: len(indices)].double()
+        found[indices] = values(batch)[_order(rows, batch)][: len(indices)].double()
         after_batch()
     return all_reduce_sum(found).cpu().numpy()
+
+
+def _order(rows: list, batch: Mapping[str, Tensor]) -> list[int]:
+    """Where the values of the rows stand: a collator that packs examples changes their order."""
+    if "example_id" not in batch:
+        return list(range(len(rows)))
+    ids = batch["example_id"].tolist()
+    wanted = [row["example_id"] for row in rows]
+    return list(range(len(rows))) if ids == wanted else [ids.index(i) for i in wanted]
 
 
 class Evaluated(NamedTuple):
@@ -85,16 +96,32 @@ def run_over(
         collate.trim_labels = False  # labels in the shape of the logits
     positions = iter(_my_batches(len(dataset), batch_size))
     with program.inference(level) as view:
-        model = _Recorder(view)
+        model = Recorder(view)
 
         def values(batch: Mapping[str, Tensor]) -> Tensor:
             found = checked_losses(losses, model, batch)
             if predictions is not None:
-                predictions.add(next(positions), model.logits, batch["labels"])
+                predictions.add(next(positions), *_logits_and_labels(model.output, batch))
             return found
 
         found = map_examples(program, dataset, collate, batch_size, values, after_batch)
     return Evaluated(found, *(predictions.gathered() if predictions is not None else (None, None)))
+
+
+def _logits_and_labels(output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    if "example_index" in batch:
+        raise ValueError(
+            "predict() and compute_metrics need one example per row, and data_collator packs several: give another "
+            "one, or set prediction_loss_only=True."
+        )
+    logits, labels = getattr(output, "logits", None), batch.get("labels")
+    if logits is None or labels is None:
+        missing = "logits of the model" if logits is None else "labels in the batch"
+        raise ValueError(
+            f"predict() and compute_metrics need {missing}: return them from the module's forward and data_collator, "
+            "or set prediction_loss_only=True."
+        )
+    return logits, labels
 
 
 def _my_batches(size: int, batch_size: int) -> list[list[int]]:
@@ -102,23 +129,6 @@ def _my_batches(size: int, batch_size: int) -> list[list[int]]:
     mine = list(range(rank(), size, world_size()))
     per_rank = math.ceil(size / world_size())
     return [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
-
-
-class _Recorder:
-    """A model that also keeps the logits of its last call.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: Any):
-        self._model, self.logits = model, None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        output = self._model(*args, **kwargs)
-        self.logits = getattr(output, "logits", None)
-        return output
 
 
 class Predictions:

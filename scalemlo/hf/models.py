@@ -52,6 +52,7 @@ def load_causal_lm(
     dtype: str = "fp32",
     attn_implementation: str | None = None,
     lora: LoraSpec | None = None,
+    is_frozen: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer for training.
 
@@ -64,6 +65,7 @@ def load_causal_lm(
         attn_implementation: As in transformers. `None` is its own choice, usually `sdpa`, whose fused kernels have
             neither forward-mode nor double derivatives: use `eager` for exact second-order products.
         lora: Adapters to train in place of the weights.
+        is_frozen: Whether the weights will not be trained, since the caller adds adapters.
 
     Returns:
         The model, in training mode, on CPU and with `config.use_cache` off, and its tokenizer, with a pad token.
@@ -72,7 +74,7 @@ def load_causal_lm(
         ValueError: If the dtype is unknown or unfit for training, or the tokenizer has no pad and no eos token.
     """
     torch_dtype = _parse_dtype(dtype)
-    if lora is None and torch_dtype == torch.bfloat16:
+    if lora is None and not is_frozen and torch_dtype == torch.bfloat16:
         raise ValueError(
             f"dtype ({dtype!r}) must be 'fp32' or 'fp64' when lora is None, because the weights are the optimizer's "
             "master copy; choose bf16 compute in the engine, or pass a LoraSpec to train adapters on a bf16 base"

@@ -24,6 +24,7 @@ from .config import ReweightingConfig
 from .losses import token_losses
 from .per_example import Losses, checked_losses
 from .prepared import PreparedDataset
+from .recorder import Recorder, mean_last_hidden_state
 
 
 class ExampleWeights(nn.Module):
@@ -91,14 +92,18 @@ class Reweighting(ABC):
         args: The trainer's.
         train: The training set.
         losses: Of the examples.
+        model: The fine-tuned model, before an engine takes it; only its config is looked at.
 
     Attributes:
         module: Holds the parameters lambda.
+
+    Raises:
+        ValueError: If the data or the model lacks what weights are computed from.
     """
 
     module: nn.Module
 
-    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses, model: nn.Module):
         self.args, self.losses = args, losses
         self.normalize = args.weight_normalization == "batch"
 
@@ -120,37 +125,15 @@ class Reweighting(ABC):
         """Weights ``[B]`` for the table that is exported; runs the model only where weights depend on losses."""
 
 
-class OverExamples(Reweighting):
-    """Examples have weights, as :meth:`weights` gives them."""
+class FromTable(Reweighting):
+    """A weight is looked up by a column of the batch: ``L = (1/B) sum_i w_i l_i``, or ``sum_i w_i l_i / sum_i w_i``."""
+
+    column: str
 
     def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Reweighting.loss`."""
         losses = checked_losses(self.losses, model, batch)
-        return weighted_mean(losses, self.weights(rater, batch, losses.detach()), normalize=self.normalize)
-
-    @abstractmethod
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """Weights ``[B]`` of the examples of a batch.
-
-        Args:
-            rater: The module of the weights.
-            batch: The examples.
-            losses: Their losses ``[B]``, constants.
-        """
-
-    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`Reweighting.example_weights`."""
-        return self.weights(rater, batch, checked_losses(self.losses, model, batch).detach())
-
-
-class FromTable(OverExamples):
-    """A weight is looked up by a column of the batch, whatever the losses."""
-
-    column: str
-
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """See :meth:`OverExamples.weights`."""
-        return rater(batch[self.column])
+        return weighted_mean(losses, rater(batch[self.column]), normalize=self.normalize)
 
     def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Reweighting.example_weights`."""
@@ -168,8 +151,8 @@ class ByExample(FromTable):
 
     column = "example_id"
 
-    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
-        super().__init__(args, train, losses)
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses, model: nn.Module):
+        super().__init__(args, train, losses, model)
         present = torch.tensor(train.example_ids) if args.weight_normalization == "dataset" else None
         self.module = ExampleWeights(train.num_examples, present)
 
@@ -184,8 +167,8 @@ class ByDomain(FromTable):
 
     column = "domain_id"
 
-    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
-        super().__init__(args, train, losses)
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses, model: nn.Module):
+        super().__init__(args, train, losses, model)
         counts = torch.bincount(torch.tensor(train.domain_ids), minlength=len(train.domains)).float()
         empty = [d for d, count in zip(train.domains, counts, strict=True) if count == 0]
         if empty:
@@ -193,21 +176,56 @@ class ByDomain(FromTable):
         self.module = DomainWeights(counts / counts.sum())
 
 
-class ByScore(OverExamples):
-    """A net that scores examples by their loss.
+class ByScore(Reweighting):
+    """A net that scores examples by their loss, their embedding under the fine-tuned model, or both.
 
     ``L = sum_i w_i l_i / sum_i w_i`` over the batch (``"batch"``) or ``(1/B) sum_i w_i l_i`` (``"none"``) with
-    ``w_i = net_lambda(stop(l_i))``. Shu et al. 2019, *Meta-Weight-Net: Learning an Explicit Mapping For Sample
-    Weighting*, eq. 1-2.
+    ``w_i = net_lambda(stop(l_i), stop(e_i))`` and e_i ``[H]`` the mean of the last hidden state over the example's
+    tokens, standardised (:func:`.recorder.mean_last_hidden_state`). ``scorer_features`` says which of the two the net
+    sees; both come out of the pass that gives the losses. By the loss alone: Shu et al. 2019, *Meta-Weight-Net:
+    Learning an Explicit Mapping For Sample Weighting*, eq. 1-2.
     """
 
-    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
-        super().__init__(args, train, losses)
-        self.module = ScoreNet(1, args.scorer_hidden_size)
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses, model: nn.Module):
+        super().__init__(args, train, losses, model)
+        sizes = {"loss": lambda: 1, "embedding": lambda: _hidden_size(model, train)}
+        self.module = ScoreNet(sum(sizes[name]() for name in args.scorer_features), args.scorer_hidden_size)
 
-    def weights(self, rater: Any, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """See :meth:`OverExamples.weights`."""
-        return rater(losses[:, None])
+    def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.loss`."""
+        losses, weights = self._losses_and_weights(model, rater, batch)
+        return weighted_mean(losses, weights, normalize=self.normalize)
+
+    def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Reweighting.example_weights`."""
+        return self._losses_and_weights(model, rater, batch)[1]
+
+    def _losses_and_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        features, wanted = [], self.args.scorer_features
+        recorder = Recorder(model, output_hidden_states=True) if "embedding" in wanted else model
+        losses = checked_losses(self.losses, recorder, batch)
+        if "loss" in wanted:
+            features.append(losses.detach()[:, None])
+        if "embedding" in wanted:
+            features.append(mean_last_hidden_state(recorder.output, batch))
+        return losses, rater(torch.cat(features, dim=1))
+
+
+def _hidden_size(model: nn.Module, train: PreparedDataset) -> int:
+    """H of the last hidden state of a transformers model."""
+    if train.kind == "preference":
+        raise ValueError(
+            f"scorer_features has 'embedding', and {train.name} has pairs of sequences, which have none; use "
+            "scorer_features=['loss']."
+        )
+    config = getattr(model, "config", None)
+    size = getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
+    if size is None:
+        raise ValueError(
+            f"scorer_features has 'embedding', and {type(model).__name__} has no config.hidden_size, as models of "
+            "transformers have; use scorer_features=['loss']."
+        )
+    return size
 
 
 class ByToken(Reweighting):
@@ -218,8 +236,8 @@ class ByToken(Reweighting):
     mean over its tokens.
     """
 
-    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses):
-        super().__init__(args, train, losses)
+    def __init__(self, args: ReweightingConfig, train: PreparedDataset, losses: Losses, model: nn.Module):
+        super().__init__(args, train, losses, model)
         if train.kind != "language_modeling":
             raise ValueError(
                 f"reweighting='token' needs sequences with next-token labels; {train.name} has {train.format}."
@@ -228,19 +246,26 @@ class ByToken(Reweighting):
 
     def loss(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Reweighting.loss`."""
-        losses, mask = token_losses(model, batch)
-        weights = self._token_weights(rater, losses.detach(), mask)
+        losses, weights, _ = self._tokens(model, rater, batch)
         return weighted_mean(losses.flatten(), weights.flatten(), normalize=self.normalize)
 
     def example_weights(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Reweighting.example_weights`."""
-        losses, mask = token_losses(model, batch)
-        return self._token_weights(rater, losses.detach(), mask).sum(1) / mask.sum(1)
+        _, weights, mask = self._tokens(model, rater, batch)
+        return weights.sum(1) / mask.sum(1)
 
-    def _token_weights(self, rater: Any, losses: Tensor, mask: Tensor) -> Tensor:
-        of_example = (losses.sum(1) / mask.sum(1))[:, None].expand_as(losses)
-        features = torch.stack([losses, of_example], dim=-1).flatten(0, 1)
-        return rater(features).view_as(losses) * mask
+    def _tokens(self, model: Any, rater: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, weights and mask ``[B, K]`` of the tokens that are predicted."""
+        if "example_index" in batch:
+            raise ValueError(
+                "reweighting='token' needs one example per row, and data_collator packs several into one; use "
+                "PadCollator."
+            )
+        losses, mask = token_losses(model, batch)
+        seen = losses.detach()
+        of_example = (seen.sum(1) / mask.sum(1))[:, None].expand_as(seen)
+        features = torch.stack([seen, of_example], dim=-1).flatten(0, 1)
+        return losses, rater(features).view_as(seen) * mask, mask
 
 
 REWEIGHTINGS: dict[str, type[Reweighting]] = {

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from .config import ReweightingConfig
 from .engine_choice import small_engine
 from .evaluation import map_examples
-from .models import load_causal_lm
 from .overlap import warn_of_overlap
 from .per_example import Losses
 from .prepared import PreparedDataset
 from .reweighting import REWEIGHTINGS, Finetune, Rate
 from .trainer import MLOTrainer
+from .trainer_loader import make_loader
+from .trainer_model import load_model, made_ready
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,12 +90,14 @@ class ReweightingTrainer(MLOTrainer):
                 )
         torch.manual_seed(args.seed)
         if isinstance(model, str):
-            model, tokenizer = load_causal_lm(model, **args.model_init_kwargs)
+            model, tokenizer = load_model(model, args.model_init_kwargs, is_frozen=peft_config is not None)
             processing_class = processing_class or tokenizer
         elif args.model_init_kwargs:
             raise ValueError(f"model_init_kwargs={args.model_init_kwargs!r} has no effect: model is a module already.")
         self.args, self.processing_class, self._collate, self._losses = args, processing_class, data_collator, losses
-        model = _made_ready(model, args, peft_config)
+        hypergradient = args.build_hypergradient()
+        checkpointing = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+        model = made_ready(model, peft_config, hypergradient, checkpointing)
         domains = {"domain_column": args.domain_column} if args.domain_column is not None else {}
         self._source = train_dataset
         self.train_dataset = self._prepared(train_dataset, "train_dataset", **domains)
@@ -108,16 +110,16 @@ class ReweightingTrainer(MLOTrainer):
                 )
         warn_of_overlap(self.train_dataset, self.meta_dataset)
         collate, example_losses = self._task_of(self.train_dataset)
-        self.reweighting = REWEIGHTINGS[args.reweighting](args, self.train_dataset, example_losses)
+        self.reweighting = REWEIGHTINGS[args.reweighting](args, self.train_dataset, example_losses, model)
         per_step = args.train_batch_size * args.gradient_accumulation_steps
-        data = _loader(args, self.train_dataset, args.train_batch_size, per_step, collate)
+        data = make_loader(args, self.train_dataset, args.train_batch_size, per_step, collate)
         epoch_steps = len(self.train_dataset) // per_step
         steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * epoch_steps))
         optimizer, scheduler = optimizers
         rate = Rate(
             "rater",
             self.reweighting.module,
-            data=_loader(args, self.meta_dataset, args.meta_batch_size, args.meta_batch_size, collate),
+            data=make_loader(args, self.meta_dataset, args.meta_batch_size, args.meta_batch_size, collate),
             optimizer=args.build_meta_optimizer(),
             engine=small_engine(),
             losses=example_losses,
@@ -131,7 +133,7 @@ class ReweightingTrainer(MLOTrainer):
             unroll_steps=args.unroll_steps,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm or None,
-            hypergradient=args.build_hypergradient(),
+            hypergradient=hypergradient,
             reweighting=self.reweighting,
         )
         self._set_up(
@@ -254,73 +256,3 @@ class ReweightingTrainer(MLOTrainer):
             "reweighting": args.reweighting,
             "weight normalization": args.weight_normalization,
         } | super()._hyperparameters()
-
-
-class WholeSteps(Sampler):
-    """Shuffled positions, as many as whole optimizer steps take, so that epochs do not depend on how steps are divided.
-
-    Args:
-        size: Examples.
-        per_step: Examples per optimizer step.
-        shuffle: Whether every epoch has another order.
-        seed: Of the orders.
-    """
-
-    def __init__(self, size: int, per_step: int, *, shuffle: bool, seed: int):
-        self._size, self._num_used = size, size - size % per_step
-        self._shuffle = shuffle
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self._num_used
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._size, generator=self.generator) if self._shuffle else torch.arange(self._size)
-        return iter(order[: self._num_used].tolist())
-
-
-def _loader(
-    args: ReweightingConfig, dataset: PreparedDataset, batch_size: int, per_step: int, collate: Callable
-) -> DataLoader:
-    if len(dataset) < per_step:
-        raise ValueError(
-            f"{dataset.name} has {len(dataset)} examples, one step takes {per_step} (per-device batch size x "
-            f"{args.world_size} processes x gradient accumulation): lower the batch size."
-        )
-    seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = WholeSteps(len(dataset), per_step, shuffle=args.train_sampling_strategy == "random", seed=seed)
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        collate_fn=collate,
-        generator=torch.Generator().manual_seed(seed),  # of worker seeds: the global one is the model's
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
-
-
-def _made_ready(model: nn.Module, args: ReweightingConfig, peft_config: PeftConfig | None) -> nn.Module:
-    """The model in training mode, with its adapter and activation checkpointing."""
-    if isinstance(model, PreTrainedModel):
-        model.config.use_cache = False
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
-    if args.activation_checkpointing:
-        _checkpoint_activations(model, args.activation_checkpointing_kwargs or {})
-    return model.train()
-
-
-def _checkpoint_activations(model: nn.Module, options: Mapping[str, Any]) -> None:
-    if not hasattr(model, "activation_checkpointing_enable"):
-        raise ValueError(
-            f"activation_checkpointing=True: {type(model).__name__} has no activation_checkpointing_enable."
-        )
-    if options.get("use_reentrant"):
-        raise ValueError("activation_checkpointing_kwargs: use_reentrant=True hides the graph; set it to False.")
-    model.activation_checkpointing_enable(dict(options) | {"use_reentrant": False})
-    # For reentrant checkpoints transformers makes the embeddings' outputs require gradients, which no transform allows.
-    model.disable_input_require_grads()

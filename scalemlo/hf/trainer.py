@@ -141,8 +141,8 @@ class MLOTrainer(Evaluates, Saves):
     def train(self, resume_from_checkpoint: bool | str | None = None):
         """Train to the end.
 
-        Called again, it goes on from where it was stopped. Ctrl-C or SIGTERM ends training after the outer iteration
-        in hand, with a checkpoint unless ``save_strategy="no"``.
+        Called again, it goes on from where it was stopped, or from the best checkpoint, if that was loaded. Ctrl-C or
+        SIGTERM ends training after the outer iteration in hand, with a checkpoint unless ``save_strategy="no"``.
 
         Args:
             resume_from_checkpoint: A checkpoint, or True for the latest one in ``output_dir``.
@@ -159,6 +159,7 @@ class MLOTrainer(Evaluates, Saves):
             self._load(resumed)
         self.meter = Meter(self.program.extra_state["trainer"])
         state = self.state
+        state.global_step = self.program.num_steps * self._steps_per_iteration  # less where the best one was loaded
         state.max_steps, state.num_train_epochs = self.max_steps, math.ceil(self.max_steps / self.steps_per_epoch)
         state.compute_steps(args, state.max_steps)
         bridge = Bridge(self)
@@ -245,3 +246,7 @@ class MLOTrainer(Evaluates, Saves):
     def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """Remove a callback."""
         self.callback_handler.remove_callback(callback)
+
+    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
+        """Remove a callback and return it; None if it is not there."""
+        return self.callback_handler.pop_callback(callback)

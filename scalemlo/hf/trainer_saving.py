@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, trainer_pt_utils
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -99,7 +99,7 @@ class Saves:
         self.program.load(folder / PROGRAM)
         self.state = TrainerState.load_from_json(str(folder / STATE))
         self.state.is_world_process_zero = self.is_world_process_zero()
-        self.state.is_local_process_zero = self.args.local_process_index == 0
+        self.state.is_local_process_zero = self.is_local_process_zero()
         if self.args.restore_callback_states_from_checkpoint:
             kept = {k: [*v] if isinstance(v, list) else [v] for k, v in self.state.stateful_callbacks.items()}
             for callback in self.callback_handler.callbacks:
@@ -110,7 +110,7 @@ class Saves:
 
     def _new_state(self) -> TrainerState:
         return TrainerState(
-            is_local_process_zero=self.args.local_process_index == 0,
+            is_local_process_zero=self.is_local_process_zero(),
             is_world_process_zero=self.is_world_process_zero(),
             train_batch_size=self.args.per_device_train_batch_size,
         )
@@ -118,6 +118,15 @@ class Saves:
     def is_world_process_zero(self) -> bool:
         """Whether this process writes for all."""
         return is_main_process()
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this process is the first on its machine."""
+        return self.args.local_process_index == 0
+
+    # What scripts call at their end; each needs no more than `args`, `state` and `is_world_process_zero`.
+    log_metrics = trainer_pt_utils.log_metrics
+    save_metrics = trainer_pt_utils.save_metrics
+    save_state = trainer_pt_utils.save_state
 
     # ---- sharing -------------------------------------------------------------------------------------------------
     def create_model_card(self, model_name: str | None = None, tags: Sequence[str] = (), **extra: Any) -> None:

@@ -2,7 +2,21 @@
 
 from types import ModuleType
 
-from . import autolora, bidora, bilora, long_tail, reweight_instructions
+from . import (
+    autolora,
+    bidora,
+    bilora,
+    darts,
+    datarater,
+    domain_weights,
+    group_fairness,
+    label_correction,
+    learning_by_ignoring,
+    long_tail,
+    reward_domains,
+    reweight_instructions,
+    safe_selection,
+)
 from .recipe import Recipe
 
 _MODULES: list[ModuleType] = [
@@ -11,6 +25,14 @@ _MODULES: list[ModuleType] = [
     bidora,
     bilora,
     autolora,
+    domain_weights,
+    datarater,
+    group_fairness,
+    label_correction,
+    learning_by_ignoring,
+    darts,
+    reward_domains,
+    safe_selection,
 ]
 
 RECIPES: dict[str, Recipe] = {module.__name__.rpartition(".")[2]: module.RECIPE for module in _MODULES}

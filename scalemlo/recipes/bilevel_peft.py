@@ -32,7 +32,8 @@ from ..hf.prepare import prepare_dataset
 from ..hf.prepared import PreparedDataset
 from ..hf.tasks import TASKS, Task
 from ..hf.tokenizing import ensure_pad_token
-from ..reporting import markdown_table, print_table
+from ..reporting import markdown_table, phase_table, print_table
+from ..scheduler.beside import PlanBeside
 from ..tracking import History
 
 
@@ -278,7 +279,7 @@ def search_program(config: BilevelPeftConfig, data: Prepared, method: Method) ->
             **_lower_options(config, train.steps * train.unroll_steps),
         ),
     ]
-    return mlo.Program(levels, engine=config.engine.build(), seed=config.seed, nonfinite=config.nonfinite)
+    return mlo.Program(levels, **_program_options(config))
 
 
 def finetune_program(config: BilevelPeftConfig, data: Prepared, model, num_steps: int, **options) -> mlo.Program:
@@ -297,7 +298,12 @@ def finetune_program(config: BilevelPeftConfig, data: Prepared, model, num_steps
     loader = _loader(config, data, ConcatDataset([data.train, data.validation]))
     options |= dict(task=data.task, data=loader, **_lower_options(config, num_steps))
     level = Finetune("finetune", model, **options)
-    return mlo.Program([level], engine=config.engine.build(), seed=config.seed, nonfinite=config.nonfinite)
+    return mlo.Program([level], **_program_options(config))
+
+
+def _program_options(config: BilevelPeftConfig) -> dict[str, Any]:
+    engine = config.engine.build()
+    return dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
 
 
 def _lower_options(config: BilevelPeftConfig, num_steps: int) -> dict[str, Any]:
@@ -336,6 +342,10 @@ def evaluate(program: mlo.Program, level: str, data: Prepared, batch_size: int =
     return result
 
 
+SEARCH = "two levels"
+"""Name of the run of both levels."""
+
+
 class Run:
     """One run of one of these recipes: what it trains, and what it reports at the end.
 
@@ -348,10 +358,12 @@ class Run:
         self.config, self.method, self.data = config, method, prepare(config)
         self.folder = Path(config.output_dir)
         self.rows: dict[str, dict[str, float]] = {}
+        self.histories: dict[str, History] = {}
         self.interrupted = False
         if is_main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             cfg.save(config, self.folder / "run.yaml")
+        self.plan = PlanBeside(config, SEARCH)
 
     def train(self, name: str, program: mlo.Program, level: str, num_steps: int) -> History:
         """Train a program, evaluate it, and keep its history in the run's folder.
@@ -366,7 +378,7 @@ class Run:
             The history.
         """
         history = program.run(num_steps, callbacks=[self.config.tracker(name)])
-        self.interrupted = history.interrupted
+        self.histories[name], self.interrupted = history, history.interrupted
         found = evaluate(program, level, self.data)
         seconds = sum(phase.cpu_seconds for phase in history.phases.values())
         self.rows[name] = found | {"steps": len(history.steps), "CPU seconds": seconds}
@@ -377,7 +389,7 @@ class Run:
     def search(self) -> mlo.Program:
         """Train the two levels."""
         program = search_program(self.config, self.data, self.method)
-        self.train("two levels", program, self.method.lower[0], self.config.train.steps)
+        self.train(SEARCH, program, self.method.lower[0], self.config.train.steps)
         return program
 
     def retrain(self, model, **options) -> dict[str, Tensor]:
@@ -434,6 +446,10 @@ class Run:
         rows = [[name, *(f"{v:.4g}" for v in row.values())] for name, row in self.rows.items()]
         print_table("Held-out examples", header, rows)
         said = "\n".join(f"{key}: {value}" for key, value in facts.items())
-        print(said)
-        (self.folder / "report.md").write_text(f"{markdown_table(header, rows)}\n{said}\n")
+        planned = self.plan.finish(wait=not self.interrupted)
+        phase_header, phases, note = phase_table(self.histories, planned, self.plan.reason)
+        print_table("Seconds and bytes per phase", phase_header, phases)
+        print(f"{note}\n{said}".strip())
+        table = f"{markdown_table(phase_header, phases)}\n{note}\n"
+        (self.folder / "report.md").write_text(f"{markdown_table(header, rows)}\n{said}\n\n{table}")
         (self.folder / "summary.json").write_text(json.dumps({"rows": self.rows, **facts}, indent=2))

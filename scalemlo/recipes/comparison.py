@@ -35,17 +35,21 @@ class ComparisonConfig(cfg.RunConfig):
     Args:
         num_seeds: How often every arm runs, with the seeds ``seed``, ``seed + 1`` and so on.
         resume: Whether to keep what an earlier, interrupted run of the same configuration has found.
+        plan: Must be false: several programs run, of which ``scalemlo plan`` plans the method's.
 
     Raises:
-        ValueError: If ``num_seeds`` is not positive.
+        ValueError: If ``num_seeds`` is not positive, or a plan beside the run is asked for.
     """
 
     num_seeds: int = 3
     resume: bool = False
+    plan: bool = False
 
     def __post_init__(self) -> None:
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds={self.num_seeds} must be at least 1")
+        if self.plan:
+            raise ValueError("plan=True has no effect here, as several programs run; use the command `scalemlo plan`")
 
 
 C = TypeVar("C", bound=ComparisonConfig)
@@ -89,7 +93,8 @@ class Cell(Generic[C]):
     def program(self, levels: Sequence[Level]) -> Program:
         """A program of some levels, with the engine of the configuration and the seed of the cell."""
         config = self.config
-        return Program(levels, engine=config.engine.build(), seed=self.seed, nonfinite=config.nonfinite)
+        options = dict(seed=self.seed, nonfinite=config.nonfinite, memory=config.memory)
+        return Program(levels, engine=config.engine.build(), **options)  # type: ignore[arg-type]
 
     def train(
         self,

@@ -36,7 +36,8 @@ from ..hf.models import LoraSpec, load_causal_lm
 from ..hf.reweighting import ExampleWeights
 from ..hf.saving import save_pretrained
 from ..report import write_report
-from ..reporting import PHASE_HEADER, auroc, markdown_table, phase_rows, plot_reweighting, print_table
+from ..reporting import auroc, markdown_table, phase_table, plot_reweighting, print_table
+from ..scheduler.beside import PlanBeside
 from .recipe import Recipe
 
 
@@ -258,7 +259,7 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
     )
-    options = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite)
+    options = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
     if plain:
         return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
     rate = Rate(
@@ -315,6 +316,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
             f"{config.engine.build()} on {world_size()} process(es)"
         )
 
+    plan = PlanBeside(config, "reweighted")
     program = build_program(config, data, model, plain=False)
     pretrained = heldout_loss(program, data, train.eval_batch_size)
     first_losses = losses_of(program, data.train, data, train.eval_batch_size)
@@ -343,7 +345,7 @@ def run(config: ReweightInstructionsConfig) -> bool:
         histories["plain"] = plain.run(steps, callbacks=[every, config.tracker("plain")])
         _add_last(plain, data, config, steps_per_outer=train.unroll_steps)
     if is_main_process():
-        _report(folder, data, weights, first_losses, curves, histories)
+        _report(folder, data, weights, first_losses, curves, histories, plan)
     return any(history.interrupted for history in histories.values())
 
 
@@ -385,7 +387,9 @@ def _write_weights(folder: Path, data: Prepared, weights: np.ndarray) -> None:
     frame.to_parquet(folder / "weights.parquet", index=False)
 
 
-def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.ndarray, curves, histories) -> None:
+def _report(
+    folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.ndarray, curves, histories, plan: PlanBeside
+) -> None:
     score, baseline = auroc(weights, ~data.corrupted), auroc(-first_losses, ~data.corrupted)
     pretrained = f"{curves['reweighted'][0][1]:.4f}"
     rows: list[list[object]] = [["pretrained", 0, pretrained, f"{baseline:.3f} (its loss alone)"]]
@@ -402,8 +406,11 @@ def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.
     print(spread)
     if weights.std() < 1e-3:
         print("The weights hardly vary: raise weights.learning_rate or train.steps.")
-    phases = phase_rows(histories)
-    print_table("Seconds and bytes per phase", PHASE_HEADER, phases)
+    planned = plan.finish(wait=not histories["reweighted"].interrupted)
+    phase_header, phases, said = phase_table(histories, planned, plan.reason)
+    print_table("Seconds and bytes per phase", phase_header, phases)
+    if said:
+        print(said)
     for name, history in histories.items():
         history.save(folder / name)
         if history.skipped:
@@ -420,7 +427,7 @@ def _report(folder: Path, data: Prepared, weights: np.ndarray, first_losses: np.
         heldout={name: points for name, points in curves.items() if len(points) > 1},
     )
     (folder / "report.md").write_text(
-        markdown_table(header, rows) + f"\n{spread}\n\n" + markdown_table(PHASE_HEADER, phases)
+        markdown_table(header, rows) + f"\n{spread}\n\n" + markdown_table(phase_header, phases) + f"\n{said}\n"
     )
     summary = {"header": header, "rows": rows, "note": spread, "heldout": curves}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -21,7 +21,8 @@ class RunFolder:
         weights: One row per example: ``example_id``, ``weight``, perhaps ``prompt``, and columns to group by.
         histories: One row per step, by program.
         phases: Statistics by phase, by program.
-        plan: As :meth:`scalemlo.scheduler.plan.Plan.as_dict`.
+        resident_at_start: See :class:`scalemlo.tracking.History`, by program.
+        plan: As :meth:`scalemlo.scheduler.plan.Plan.as_dict`, perhaps with ``program``, which it is of.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RunFolder:
     weights: pd.DataFrame | None = None
     histories: dict[str, pd.DataFrame] = field(default_factory=dict)
     phases: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    resident_at_start: dict[str, int | None] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
 
     @classmethod
@@ -53,6 +55,7 @@ class RunFolder:
         if (folder / "run.yaml").exists():
             config = OmegaConf.to_container(OmegaConf.load(folder / "run.yaml"))
         weights = folder / "weights.csv"
+        measured = {name: _json(folder / name / "phases.json") or {} for name in histories}
         return cls(
             name=folder.resolve().name,
             provenance=config.pop("provenance", None) or {},
@@ -60,7 +63,8 @@ class RunFolder:
             summary=_json(folder / "summary.json") or {},
             weights=pd.read_csv(weights) if weights.exists() else None,
             histories={name: history for name, history in histories.items() if len(history)},
-            phases={n: (_json(folder / n / "phases.json") or {}).get("phases", {}) for n in histories},
+            phases={name: found.get("phases", {}) for name, found in measured.items()},
+            resident_at_start={name: found.get("resident_at_start") for name, found in measured.items()},
             plan=_json(folder / "plan.json"),
         )
 

@@ -1,10 +1,12 @@
 """The sections of the report, each from the files it needs; empty where they are not there."""
 
+from collections import defaultdict
 from html import escape
 
 import pandas as pd
 from omegaconf import OmegaConf
 
+from ..reporting import MIB, planned_peaks
 from .charts import Points, histogram, line_chart
 from .page import Section, grid, table
 from .run_folder import RunFolder
@@ -13,7 +15,6 @@ NUM_EXAMPLES = 8
 """Heaviest and lightest examples that are shown."""
 MAX_CHARACTERS = 280
 """Of an example's text."""
-MIB = 2**20
 
 
 def sections(run: RunFolder) -> list[Section]:
@@ -81,22 +82,20 @@ def norms(run: RunFolder) -> str:
 
 def phases(run: RunFolder) -> str:
     """Seconds and bytes by phase, measured beside planned."""
-    planned: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = defaultdict(float)
     for phase in (run.plan or {}).get("phases", []):
-        total = planned.setdefault(phase["name"], {"seconds": 0.0, "peak_bytes": 0.0})
-        total["seconds"] += phase["seconds"]
-        total["peak_bytes"] = max(total["peak_bytes"], phase["peak_bytes"])
+        seconds[phase["name"]] += phase["seconds"]
     header = ["program", "phase", "calls", "seconds", "s / call", "peak MiB", "moved MiB"]
-    header += ["planned s / step", "planned peak MiB"] if planned else []
+    header += ["planned s / step", "planned peak MiB"] if seconds else []
     rows: list[list[object]] = []
     for name, statistics in run.phases.items():
+        peaks, _ = planned_peaks(run.plan, name, run.resident_at_start.get(name))
         for phase, s in statistics.items():
             row: list[object] = [name, phase, f"{s['num_calls']:,}", f"{s['wall_seconds']:.1f}",
                                  f"{s['wall_seconds'] / max(1, s['num_calls']):.3f}", f"{s['peak_bytes'] / MIB:,.0f}",
                                  f"{s.get('moved_bytes', 0) / MIB:,.0f}"]  # fmt: skip
-            if planned:
-                plan = planned.get(phase)
-                row += [f"{plan['seconds']:.3f}", f"{plan['peak_bytes'] / MIB:,.0f}"] if plan else ["", ""]
+            if seconds:
+                row += [f"{seconds[phase]:.3f}", f"{peaks[phase] / MIB:,.0f}"] if phase in peaks else ["", ""]
             rows.append(row)
     if not rows:
         return ""

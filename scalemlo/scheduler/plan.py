@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .depth import at_depth
+from .memory import Memory
+from .phases import StateName
 from .simulate import depth, run_iterations, simulation
 from .sizes import format_bytes, parse_bytes
 from .tracker import HOST, KINDS, PhaseUse
@@ -26,19 +28,23 @@ class Hardware:
     Args:
         tflops: Matrix products per second and rank that are reached, not the data sheet's peak, in 1e12 operations.
         link_gbps: What a rank sends per second in a collective, in 1e9 bits.
+        host_gbps: What a rank moves per second between its device and where evicted states lie, in 1e9 bits.
     """
 
     tflops: float = 400.0
     link_gbps: float = 400.0
+    host_gbps: float = 400.0
 
     def __post_init__(self) -> None:
-        for field in ("tflops", "link_gbps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}={getattr(self, field)!r} must be positive.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name}={value!r} must be positive.")
 
     def seconds(self, phase: PhaseUse) -> float:
-        """Matrix products, then collectives, nothing overlapped; elementwise operations are not counted."""
-        return phase.flops / (self.tflops * 1e12) + phase.sent_bytes * 8 / (self.link_gbps * 1e9)
+        """Moves, matrix products and collectives one after the other; elementwise operations are not counted."""
+        moved = phase.moved_bytes * 8 / (self.host_gbps * 1e9)
+        return moved + phase.flops / (self.tflops * 1e12) + phase.sent_bytes * 8 / (self.link_gbps * 1e9)
 
 
 @dataclass(frozen=True)
@@ -47,24 +53,44 @@ class Plan:
 
     Attributes:
         world_size: Number of ranks.
-        phases: Of the second outer iteration and all others, in order.
-        first_peak_bytes: Peak of the first one, in which derivatives are checked once and optimizers allocate.
+        phases: Of all outer iterations but the first ones, in order.
+        first: Of the first one, in which derivatives are checked once and optimizers allocate.
         hardware: What seconds are estimated from.
         device_memory: Bytes a rank's device has; None where nothing was said.
         depths: Numbers of layers that were simulated, if the plan was extrapolated from them.
+        memory: The program's budget, if it has one.
     """
 
     world_size: int
     phases: tuple[PhaseUse, ...]
-    first_peak_bytes: float
+    first: tuple[PhaseUse, ...]
     hardware: Hardware = Hardware()
     device_memory: int | None = None
     depths: tuple[int, ...] = ()
+    memory: Memory | None = None
 
     @property
     def peak_phase(self) -> PhaseUse:
         """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    @property
+    def first_peak_bytes(self) -> float:
+        """Peak of the first outer iteration."""
+        return max(phase.peak_bytes for phase in self.first)
+
+    @property
+    def start_bytes(self) -> float:
+        """When the first outer iteration begins: weights and buffers."""
+        return self.first[0].peaks["start"]["total"]
+
+    @property
+    def peak_by_phase(self) -> dict[str, float]:
+        """Peak of all calls of each phase, those of the first outer iteration included, by its name."""
+        found: dict[str, float] = {}
+        for phase in (*self.first, *self.phases):
+            found[phase.name] = max(found.get(phase.name, 0.0), phase.peak_bytes)
+        return found
 
     @property
     def peak_bytes(self) -> float:
@@ -78,8 +104,18 @@ class Plan:
 
     @property
     def host_bytes(self) -> float:
-        """What lies in the host's memory beside an accelerator."""
+        """What lies in the host's memory beside an accelerator, without evicted states."""
         return max(phase.peak.get(HOST, 0) for phase in self.phases)
+
+    @property
+    def away_bytes(self) -> float:
+        """The most that a memory budget has off the device at once."""
+        return max(sum(phase.away.values()) for phase in self.phases)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Onto the device and off it in one outer iteration."""
+        return sum(phase.moved_bytes for phase in self.phases)
 
     @property
     def seconds(self) -> float:
@@ -120,6 +156,15 @@ class Plan:
             rows.append([phase.name, *map(format_bytes, sizes), *sent, f"{self.hardware.seconds(phase):.3f}"])
         return rows
 
+    @property
+    def move_rows(self) -> list[list[str]]:
+        """One row per phase of a program with a memory budget, see :data:`MOVE_HEADER`."""
+        rows = []
+        for phase in self.phases:
+            sizes = map(format_bytes, (phase.moved_bytes, sum(phase.away.values()), phase.peak_bytes))
+            rows.append([phase.name, *sizes, _grouped(phase.away)])
+        return rows
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         phases = []
@@ -127,13 +172,20 @@ class Plan:
             entry: dict[str, Any] = {"name": phase.name, "peak_bytes": phase.peak_bytes}
             entry |= {f"{kind}_bytes": phase.peak.get(kind, 0) for kind in (*KINDS, HOST)}
             entry |= {"num_collectives": dict(phase.num_collectives), "sent_bytes": phase.sent_bytes}
+            away = {str(name): size for name, size in phase.away.items()}
+            entry |= {"moved_bytes": phase.moved_bytes, "away_bytes": away}
             phases.append(entry | {"flops": phase.flops, "seconds": self.hardware.seconds(phase)})
         return {
             "world_size": self.world_size,
             "peak_bytes": self.peak_bytes,
             "first_peak_bytes": self.first_peak_bytes,
+            "start_bytes": self.start_bytes,
+            "peak_by_phase": self.peak_by_phase,
             "persistent_bytes": self.persistent_bytes,
             "host_bytes": self.host_bytes,
+            "away_bytes": self.away_bytes,
+            "moved_bytes": self.moved_bytes,
+            "memory": None if self.memory is None else str(self.memory),
             "seconds": self.seconds,
             "device_memory": self.device_memory,
             "fits": self.fits,
@@ -150,6 +202,9 @@ class Plan:
 
 HEADER = ["phase", "persistent", "transient", "gathered", "peak", "collectives", "sent", "TFLOP", "seconds"]
 """Of :attr:`Plan.rows`; gathered is the phase's most, not necessarily at its peak."""
+
+MOVE_HEADER = ["phase", "moved", "off the device", "peak on it", "states that are off"]
+"""Of :attr:`Plan.move_rows`; moved are both directions, for the phase and before it."""
 
 
 def plan(
@@ -174,8 +229,9 @@ def plan(
         accelerator: Whether ranks compute on accelerators; else on CPUs, where optimizers go parameter by parameter and
             recorded states lie beside everything else.
         num_layers: Layers of the model, to be extrapolated from smaller numbers (:data:`DEPTHS`): each phase's peak at
-            each kind of operation, its collectives, bytes and FLOPs must be linear in them. ``build`` must make its
-            model by ``from_pretrained``, or with as many layers as :func:`simulated_layers` says.
+            each kind of operation, its collectives, bytes and FLOPs must be linear in them. What a memory budget evicts
+            is not, so that with one all layers are simulated. ``build`` must make its model by ``from_pretrained``, or
+            with as many layers as :func:`simulated_layers` says.
 
     Returns:
         The plan.
@@ -187,15 +243,20 @@ def plan(
     if not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size={world_size!r} must be an integer of at least 1.")
     budget = None if device_memory is None else parse_bytes(device_memory, "device_memory")
-    if num_layers is None or num_layers <= DEPTHS[-1]:
-        first, phases = _simulate(build, world_size, accelerator, num_layers)
-        depths: tuple[int, ...] = ()
-    else:
-        found = [_simulate(build, world_size, accelerator, n) for n in DEPTHS]
-        first, phases = (at_depth(num_layers, DEPTHS, [pair[i] for pair in found]) for i in (0, 1))
+    is_deep = num_layers is not None and num_layers > DEPTHS[-1]
+    found = [_simulate(build, world_size, accelerator, DEPTHS[0] if is_deep else num_layers)]
+    memory = found[0].memory
+    depths: tuple[int, ...] = ()
+    if is_deep and memory is not None:
+        found = [_simulate(build, world_size, accelerator, num_layers)]
+    elif is_deep:
         depths = DEPTHS
-    peak = max(phase.peak_bytes for phase in first)
-    return Plan(world_size, tuple(phases), peak, hardware, budget, depths)
+        found += [_simulate(build, world_size, accelerator, n) for n in depths[1:]]
+    first, steady = found[0].first, found[0].steady
+    if depths and num_layers is not None:
+        first = at_depth(num_layers, depths, [x.first for x in found])
+        steady = at_depth(num_layers, depths, [x.steady for x in found])
+    return Plan(world_size, tuple(steady), tuple(first), hardware, budget, depths, memory)
 
 
 def simulated_layers(num_layers: int) -> int:
@@ -203,12 +264,26 @@ def simulated_layers(num_layers: int) -> int:
     return depth.get() or num_layers
 
 
-def _simulate(
-    build: "Callable[[], Program]", world_size: int, accelerator: bool, num_layers: int | None
-) -> tuple[Sequence[PhaseUse], Sequence[PhaseUse]]:
+class _Simulated(NamedTuple):
+    first: Sequence[PhaseUse]
+    steady: Sequence[PhaseUse]
+    memory: Memory | None
+
+
+def _simulate(build: "Callable[[], Program]", world_size: int, accelerator: bool, num_layers: int | None) -> _Simulated:
     token = depth.set(num_layers)
     try:
         with simulation(world_size, accelerator=accelerator) as tracker:
-            return run_iterations(build(), tracker)
+            program = build()
+            within = program._scheduler.residency
+            return _Simulated(*run_iterations(program, tracker), None if within is None else within.memory)
     finally:
         depth.reset(token)
+
+
+def _grouped(away: Mapping[StateName, float]) -> str:
+    """Names of states by kind: ``"weights of a, b; optimizer of a"``."""
+    owners: dict[str, list[str]] = {}
+    for name in away:
+        owners.setdefault(name.kind, []).append(name.owner)
+    return "; ".join(f"{kind} of {', '.join(names)}" for kind, names in owners.items())

@@ -83,7 +83,7 @@ class State:
         for tensor in self.tensors():
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if storage.device.type != self._device.type or key in movable or key in fixed or key in taken:
+            if tensor.device.type != self._device.type or key in movable or key in fixed or key in taken:
                 continue
             if size >= SMALLEST_BYTES and _is_owned(storage):
                 movable[key] = storage
@@ -140,7 +140,7 @@ class Residency:
         """The most resident bytes of states so far."""
         self._device = device
         self._is_accelerator = device.type != "cpu"
-        self._side = torch.Stream(device) if self._is_accelerator else None
+        self._side = torch.Stream(device) if self._is_accelerator else None  # none in a plan
         self._weights: set[int] = set()
         self.rescan(states)
         self._warn_of_foreign_memory()
@@ -216,7 +216,6 @@ class Residency:
         Returns:
             Bytes under way.
         """
-        assert self._side is not None
         missing = [self.states[name] for name in names if not self.states[name].is_resident]
         wanted = self.resident_bytes + sum(state.num_bytes for state in missing) + room_bytes
         if wanted > self.memory.device_bytes:

@@ -37,7 +37,8 @@ from ..engines import ddp, gather, sharded
 from ..engines.deepspeed import DeepSpeed
 from ..program import Program
 from ..trajectory import Trajectory
-from .phases import tensors_of
+from .counted_moves import counted_moves, note_away
+from .phases import states_of, tensors_of
 from .tracker import HOST, KIND_OF_STATE, MemoryTracker, PhaseUse
 
 NUM_BATCHES_LOOKED_AT = 8
@@ -74,6 +75,7 @@ def simulation(world_size: int, *, accelerator: bool) -> Iterator[MemoryTracker]
         stack.enter_context(_without_values(mode))
         stack.enter_context(_on_accelerator(tracker) if accelerator else ExitStack())
         stack.enter_context(_tagging(tracker))
+        stack.enter_context(counted_moves(tracker, accelerator=accelerator))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(mode)
@@ -83,37 +85,48 @@ def simulation(world_size: int, *, accelerator: bool) -> Iterator[MemoryTracker]
 
 
 def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[PhaseUse], list[PhaseUse]]:
-    """Two outer iterations of a program made under :func:`simulation`.
+    """Outer iterations of a program made under :func:`simulation`: two, or within a memory budget three.
+
+    In the first one within a budget every phase has nothing but its own states on the device, to be measured, and the
+    second begins with what that left there.
 
     Args:
         program: The program.
         tracker: Of the simulation.
 
     Returns:
-        Phases of the first, which allocates optimizer states and checks derivatives, and of the second and all others.
+        Phases of the first, which allocates optimizer states and checks derivatives, and of the last and all others.
     """
-    timed = program.history.phase
+    timed, note_moves = program.history.phase, program.history.note_moves
 
     @contextmanager
     def phase(level: str, name: str, device: torch.device) -> Iterator[None]:
         gc.collect()  # graphs in reference cycles, whose end would else be a matter of chance
         with timed(level, name, device), tracker.phase(f"{level}/{name}"):
             yield
+            note_away(program, tracker)
         _classify(program, tracker)
+
+    def note(level: str, name: str, num_bytes: int, seconds: float) -> None:
+        tracker.phases[-1].moved_bytes += num_bytes
+        note_moves(level, name, num_bytes, seconds)
 
     _classify(program, tracker)
     found = []
     gc.collect()
     gc.freeze()  # the collections before each phase look at what is new
     try:
-        with mock.patch.object(program.history, "phase", phase):
-            for _ in range(2):
+        with (
+            mock.patch.object(program.history, "phase", phase),
+            mock.patch.object(program.history, "note_moves", note),
+        ):
+            for _ in range(2 if program._scheduler.residency is None else 3):
                 tracker.phases = []
                 program.step()
                 found.append(tracker.phases)
     finally:
         gc.unfreeze()
-    return found[0], found[1]
+    return found[0], found[-1]
 
 
 def _leave_group() -> None:
@@ -346,11 +359,15 @@ def _tagging(tracker: MemoryTracker) -> Iterator[None]:
 
 
 def _classify(program: Program, tracker: MemoryTracker) -> None:
-    """Tag all that lives from one iteration to the next."""
+    """Tag all that lives from one iteration to the next, and is on the device."""
+    within = program._scheduler.residency
     for trainer in program.trainers.values():
-        for state in ("weights", "optimizer", "memory"):
-            for t in tensors_of(trainer, state):
-                tracker.tag(t, KIND_OF_STATE[state])
+        for name in states_of(trainer):
+            # A view of a fake tensor that was evicted would give its storage the bytes back.
+            is_away = within is not None and not within.states[name].is_resident
+            if name.kind != "trajectory" and not is_away:
+                for t in tensors_of(trainer, name.kind):
+                    tracker.tag(t, KIND_OF_STATE[name.kind])
         for t in trainer.engine.module.buffers():
             tracker.tag(t, "weights")
         for bucket in getattr(getattr(trainer.engine, "_ddp", None), "buckets", ()):

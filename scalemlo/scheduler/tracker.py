@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from .phases import StateName
+
 PERSISTENT = ("weights", "optimizer", "estimator", "engine")
 """Kinds that live from one outer iteration to the next: weights and buffers, optimizer states, what estimators keep
 between solves, gradient buckets of the engine."""
@@ -49,6 +51,8 @@ class PhaseUse:
         sent_bytes: What this rank sends, ring algorithms: ``(W-1)/W`` of the gathered or scattered tensor, twice that
             of an all-reduced one.
         flops: Of matrix products and attention, multiplications and additions counted apart.
+        moved_bytes: Of states that a memory budget moves onto the device and off it, for the phase and before it.
+        away: Bytes by state of those that a memory budget has off the device meanwhile.
     """
 
     name: str
@@ -56,6 +60,8 @@ class PhaseUse:
     num_collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent_bytes: float = 0.0
     flops: float = 0.0
+    moved_bytes: float = 0.0
+    away: dict[StateName, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> dict[str, float]:

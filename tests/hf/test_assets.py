@@ -1,5 +1,6 @@
 """The asset cache with a pip that is not there: what is kept, what concurrent calls do, what errors say."""
 
+import hashlib
 import importlib.util
 import io
 import os
@@ -235,4 +236,46 @@ def test_every_asset_states_licence_and_origin():
     for name, line in assets.known_assets().items():
         assert "\n" not in line
         assert any(licence in line for licence in ("Apache", "MIT", "CC BY", "ODC-BY")), name
-        assert "PyPI" in line, name
+        assert "PyPI" in line or "Debian" in line, name
+
+
+# ---- Debian packages -----------------------------------------------------------------------------------------------
+def write_deb(path: Path, files: dict[str, bytes]) -> str:
+    """An `ar` archive with a data.tar.xz, as dpkg makes it; returns its SHA-256."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    archive = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("odd", b"123"), ("data.tar.xz", data.getvalue())):
+        archive += f"{name:<16}{'0':<12}{'0':<6}{'0':<6}{'100644':<8}{len(content):<10}`\n".encode() + content
+        archive += b"\n" * (len(content) % 2)
+    path.write_bytes(archive)
+    return hashlib.sha256(archive).hexdigest()
+
+
+def debian_package(path: Path, sha256: str) -> assets.Package:
+    return assets.Package("clothes", "1", {"./usr/share/clothes/": "."}, url=path.as_uri(), sha256=sha256)
+
+
+def test_debian_package_is_unpacked(cache, tmp_path, monkeypatch):
+    deb = tmp_path / "clothes_1_all.deb"
+    sha256 = write_deb(deb, {"./usr/share/clothes/images.gz": b"images", "./usr/share/doc/x": b"no"})
+    asset = assets.Asset(debian_package(deb, sha256), ".", "")
+    monkeypatch.setitem(assets._ASSETS, "clothes", asset)
+    folder = assets.fetch("clothes")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"images.gz": b"images"}
+
+
+def test_debian_package_with_another_checksum_is_refused(cache, tmp_path, monkeypatch):
+    deb = tmp_path / "clothes_1_all.deb"
+    write_deb(deb, {"./usr/share/clothes/images.gz": b"images"})
+    monkeypatch.setitem(assets._ASSETS, "clothes", assets.Asset(debian_package(deb, "0" * 64), ".", ""))
+    with pytest.raises(RuntimeError, match="has SHA-256 .*, expected 0000.*nothing was kept"):
+        assets.fetch("clothes")
+    deb.unlink()
+    with pytest.raises(RuntimeError, match="could not be downloaded"):
+        assets.fetch("clothes")
+    assert not [path for path in cache.iterdir() if path.is_dir()]

@@ -31,6 +31,7 @@ train: {{steps: 2, unroll_steps: 2, batch_size: 8}}
 upper: {{learning_rate: 1.0e-2}}
 lower: {{learning_rate: 1.0e-2}}
 hypergradient: {{type: unrolled, num_steps: 1}}
+plan: false
 """
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import scalemlo as mlo
+from scalemlo.hf.collate import PadCollator
 from scalemlo.hf.config import ReweightingConfig
 from scalemlo.hf.losses import example_losses, token_losses
+from scalemlo.hf.packing import PackingCollator
 from scalemlo.hf.prepare import prepare_dataset
 from scalemlo.hf.reweighting import REWEIGHTINGS
 from scalemlo.hf.tasks import TASKS
@@ -18,6 +20,12 @@ KINDS = [
     ("example", "dataset"), ("example", "batch"), ("example", "none"), ("domain", "dataset"), ("scorer", "batch"),
     ("scorer", "none"), ("token", "batch"),
 ]  # fmt: skip
+FEATURES = {("scorer", "none"): ["loss", "embedding"]}
+"""The net sees embeddings too in one of its cases."""
+
+
+def features(kind, normalization):
+    return FEATURES.get((kind, normalization), ["loss"])
 
 
 def test_every_name_of_the_configuration_is_known():
@@ -30,11 +38,11 @@ def test_every_name_of_the_configuration_is_known():
 def test_losses_are_those_of_the_equations(kind, normalization, tmp_path):
     args = ReweightingConfig(
         output_dir=str(tmp_path), use_cpu=True, reweighting=kind, weight_normalization=normalization,
-        domain_column="source",
+        domain_column="source", scorer_features=features(kind, normalization),
     )  # fmt: skip
     data = prepare_dataset(rows(12), word_tokenizer(), domain_column="source")
     model = tiny_llama().double()
-    reweighting = REWEIGHTINGS[kind](args, data, example_losses)
+    reweighting = REWEIGHTINGS[kind](args, data, example_losses, model)
     rater = reweighting.module.double()
     for p in rater.parameters():
         p.data += torch.randn_like(p)
@@ -51,7 +59,16 @@ def test_losses_are_those_of_the_equations(kind, normalization, tmp_path):
         p = torch.softmax(rater.logits, 0)
         expected = sum(p[d] * losses[batch["domain_id"] == d].mean() for d in range(2))
     elif kind == "scorer":
-        w = rater(losses[:, None])
+        seen = losses[:, None]
+        if "embedding" in args.scorer_features:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            alone = [
+                model.model(row[: m.sum()][None]).last_hidden_state[0].mean(0) for row, m in zip(ids, mask, strict=True)
+            ]
+            means = torch.stack(alone).detach()
+            spread = means.var(1, correction=0, keepdim=True) + 1e-5
+            seen = torch.cat([seen, (means - means.mean(1, keepdim=True)) / spread.sqrt()], dim=1)
+        w = rater(seen)
         expected = (w * losses).mean() / (w.mean() if normalization == "batch" else 1.0)
     else:
         per_token, mask = token_losses(model, batch)
@@ -74,6 +91,7 @@ def test_ghost_products_and_forward_derivatives_agree(kind, normalization, tmp_p
         run = trainer(
             tmp_path, model=tiny_llama().double(), reweighting=kind, weight_normalization=normalization,
             domain_column="source", hypergradient=mlo.Identity(mixed=mixed),
+            scorer_features=features(kind, normalization),
         )  # fmt: skip
         torch.manual_seed(1)
         for p in run.program.trainers["rater"].engine.parameters.values():
@@ -116,3 +134,48 @@ def test_weights_find_the_examples_that_the_meta_set_wants(tmp_path):
         run.filtered_dataset(0)
     with pytest.raises(ValueError, match="csv or .parquet"):
         run.save_weights("weights.xlsx")
+
+
+@pytest.mark.parametrize("kind", ["scorer", "token"])
+def test_nets_export_weights_and_a_filtered_set(kind, tmp_path):
+    options = {"scorer_features": ["embedding"]} if kind == "scorer" else {}
+    run = trainer(tmp_path, train=rows(12), reweighting=kind, max_steps=2, meta_learning_rate=0.05, **options)
+    run.train()
+    run.save_weights(str(tmp_path / "weights.csv"))
+    table = pd.read_csv(tmp_path / "weights.csv")
+    np.testing.assert_allclose(table["weight"], run.example_weights(), rtol=1e-6)
+    assert table["weight"].between(0, 1).all() and table["weight"].nunique() > 1
+    best = table.nlargest(3, "weight")["example_id"]
+    assert run.filtered_dataset(top_k_percent=25) == [rows(12)[i] for i in sorted(best)]
+
+
+def test_embeddings_are_refused_where_there_are_none(tmp_path):
+    pairs = [{"prompt": f"a{i} ask", "chosen": " a1 a2", "rejected": f" a{i}"} for i in range(26)]
+    with pytest.raises(ValueError, match=r"pairs of sequences.*scorer_features=\['loss'\]"):
+        trainer(tmp_path, train=pairs, meta=pairs[:9], evaluated=pairs[:4], reweighting="scorer",
+                scorer_features=["embedding"])  # fmt: skip
+    with pytest.raises(ValueError, match="Linear has no config.hidden_size"):
+        trainer(tmp_path, model=torch.nn.Linear(2, 2), reweighting="scorer", scorer_features=["embedding"])
+
+
+def test_packed_rows_get_the_same_weights_in_the_same_order(tmp_path):
+    data = prepare_dataset(rows(26), word_tokenizer())
+    meta = prepare_dataset(rows(9, "more", 50), word_tokenizer())
+    tables = []
+    for collator in (PadCollator(0), PackingCollator(0, max_length=16)):
+        run = trainer(
+            tmp_path, train=data, meta=meta, evaluated=meta, reweighting="scorer", max_steps=2, learning_rate=1e-3, meta_optim="sgd",
+            given={"data_collator": collator, "losses": example_losses},
+        )  # fmt: skip
+        run.train()
+        tables.append(run.example_weights())
+    assert len(np.unique(tables[0])) > 5
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="one example per row"):
+        run.predict(meta)
+    for options in ({"reweighting": "token"}, {"reweighting": "scorer", "scorer_features": ["embedding"]}):
+        with pytest.raises(ValueError, match="packs several|are packed into a row"):
+            trainer(
+                tmp_path, train=data, meta=meta, evaluated=meta, **options,
+                given={"data_collator": PackingCollator(0, max_length=16), "losses": example_losses},
+            ).train()  # fmt: skip

