@@ -4,9 +4,10 @@
 
 Fine-tuning all parameters on weighted examples, FSDP: the gradient of the upper loss, one exact Hessian-vector product
 (Neumann with one term), the exact mixed partial, and the steps of both levels. Weights are random, in bf16, as are
-gradients and directions; SGD. The shapes are TinyLlama's. Measured is what resident bytes of each rank grow by, with an
-allocator that returns memory at once, after a tiny program that loads what is loaded lazily. Needs 16 GiB of RAM.
-`--quick` takes two of the 22 layers and a small vocabulary.
+gradients and directions; SGD. The shapes are TinyLlama's; sequences are short, as CPUs without bf16 instructions take
+seconds for one matrix product in it, and bytes are those of weights and directions. Measured is what resident bytes of
+a rank grow by, with an allocator that returns memory at once, after a tiny program that loads what is loaded lazily.
+Needs 24 GiB of RAM. `--quick` takes two of the 22 layers and a small vocabulary.
 """
 
 import json
@@ -21,7 +22,7 @@ SHAPE = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num
 QUICK = SHAPE | dict(num_hidden_layers=2, vocab_size=2000)
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=64, tie_word_embeddings=False)  # fmt: skip
-RANKS, BATCH, LENGTH = 2, 2, 64
+RANKS, BATCH, LENGTH = 2, 2, 8
 
 
 def build(shape: dict) -> Any:
@@ -104,7 +105,7 @@ def main() -> None:
     )
     print("|" + " --- |" * 8)
     sizes = [plan["persistent"], plan["bytes"], run["bytes"]]
-    cells = [f"{parameters / 1e9:.2f}e9", *(f"{size / 2**30:.2f}" for size in sizes), f"{error:+.1%}"]
+    cells = [f"{parameters / 1e9:.2f} billion", *(f"{size / 2**30:.2f}" for size in sizes), f"{error:+.1%}"]
     print("| " + " | ".join([*cells, f"{run['seconds']:.0f}", f"{run['cpu_seconds']:.0f}", plan["phase"]]) + " |")
     norms = {key: value for key, value in run.items() if key.startswith(("loss", "gradient_norm"))}
     print("\n" + ", ".join(f"{key} {value:.4g}" for key, value in norms.items()))

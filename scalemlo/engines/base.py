@@ -156,7 +156,10 @@ class Engine(ABC):
 
     @abstractmethod
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean over ranks of gradients that each rank computed through :meth:`gather` from its part of the batch."""
+        """Mean over ranks of gradients that each rank computed through :meth:`gather` from its part of the batch.
+
+        The gradients may be averaged in place.
+        """
 
     @abstractmethod
     def full_tensor(self, name: str) -> Tensor:

@@ -62,8 +62,8 @@ class ShardedEngine(Engine):
         return layout.local_rows(rank()).start * layout.row_numel
 
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adjoint of the gather has summed over ranks already; divide."""
-        return {name: grad / world_size() for name, grad in gradients.items()}
+        """The adjoint of the gather has summed over ranks already; divide, in place."""
+        return {name: grad.div_(world_size()) for name, grad in gradients.items()}
 
     def to_local(self, t: Tensor) -> Tensor:
         """See :meth:`Engine.to_local`."""

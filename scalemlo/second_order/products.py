@@ -162,10 +162,11 @@ class LossAt:
                         self._loss_of_leaves, batch, weights, moving, wanted, difference, parts == [_tangent]
                     )
                     gradients = torch.func.grad(loss)(leaves)
-                    for part, total in zip(parts, totals, strict=True):
-                        for key, by_name in gradients.items():
-                            found = {n: part(g) for n, g in by_name.items()}
-                            accumulate(total[key], found, len(self.batches) * self.scale)
+                    for key, by_name in gradients.items():
+                        for name in list(by_name):  # one after the other: each dual gradient is freed when it is added
+                            gradient = by_name.pop(name)
+                            for part, total in zip(parts, totals, strict=True):
+                                accumulate(total[key], {name: part(gradient)}, len(self.batches) * self.scale)
         return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
 
     def _loss_of_leaves(self, batch, weights, moving, wanted, difference, tangents_only, leaves) -> Tensor:
