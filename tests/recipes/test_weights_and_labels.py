@@ -25,13 +25,6 @@ MODULES = {
 }
 
 
-@pytest.fixture
-def fp64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("name", FAST)
 def test_all_arms_run(name):
     result = run_fast(name, *FAST[name])
