@@ -77,9 +77,8 @@ def worker(what: str, shape: dict) -> list:
     if what == "plan":
         from scalemlo.scheduler.plan import plan
 
-        found = plan(
-            lambda: build(shape), world_size=RANKS, accelerator=False, num_layers=shape["num_hidden_layers"]
-        )  # fmt: skip
+        layers = shape["num_hidden_layers"]
+        found = plan(lambda: build(shape), world_size=RANKS, accelerator=False, num_layers=layers)
         return [{"bytes": found.peak_bytes, "persistent": found.persistent_bytes, "phase": found.peak_phase.name}]
     import transformers.models.llama  # noqa: F401 (before the ranks are forked)
 

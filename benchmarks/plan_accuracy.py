@@ -131,20 +131,17 @@ def main() -> None:
     cases = QUICK if options.quick else CASES
     plans = measure.in_fresh_process(__file__, {}, what="plan", cases=cases)
     errors = []
-    print(measure.machine())
-    print(f"{'engine':8s}{'ranks':>6s}  {'estimator':24s}{'planned':>10s}{'measured':>10s}{'error':>8s}  (MiB)")
+    print(f"{measure.machine()}\n")
+    print("| engine | ranks | estimator | planned MiB | measured MiB | error | peak in |\n|" + " --- |" * 7)
     for case, plan in zip(cases, plans, strict=True):
         (truth,) = measure.in_fresh_process(__file__, measure.EXACT_MEMORY, what="measure", cases=[case])
         errors.append(plan["bytes"] / truth - 1)
-        name = " ".join([case["estimator"], *(["LoRA"] if case.get("lora") else []), case.get("dtype", "")])
-        sizes = f"{plan['bytes'] / 2**20:10.1f}{truth / 2**20:10.1f}"
-        print(
-            f"{case['engine']:8s}{case['world_size']:6d}  {name:24s}{sizes}{errors[-1]:8.1%}  {plan['phase']}",
-            flush=True,
-        )
+        name = " ".join([case["estimator"], *(["LoRA"] if case.get("lora") else []), case.get("dtype", "")]).strip()
+        cells = [case["engine"], case["world_size"], name, f"{plan['bytes'] / 2**20:.1f}", f"{truth / 2**20:.1f}"]
+        print("| " + " | ".join(map(str, [*cells, f"{errors[-1]:+.1%}", plan["phase"]])) + " |", flush=True)
     absolute = [abs(error) for error in errors]
     median, worst = statistics.median(absolute), max(absolute)
-    print(f"median error {median:.1%}, worst {worst:.1%} ({AIMS})")
+    print(f"\nmedian error {median:.1%}, worst {worst:.1%} ({AIMS})")
     measure.write_figures(options.json, {"median_relative_error": median, "worst_relative_error": worst})
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from scalemlo.recipes import reviews
+from tests.tiny_recipe import write_recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -89,3 +91,21 @@ def test_trainer_example_weighs_a_tiny_model(load, tmp_path):
     )  # fmt: skip
     assert 0 <= auroc <= 1
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_trainer_quickstart_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
+    """On a tiny model, under the hub's name, and rows of made words."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "ReweightingTrainer" in b]
+    assert len(block.splitlines()) <= 15
+    write_recipe(tmp_path)
+    hub = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    hub.parent.mkdir()
+    (tmp_path / "model").rename(hub)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    names = {"train": rows[:48], "clean": rows[48:64], "heldout": rows[64:77]}
+    exec(block, names)
+    assert len(names["better"]) == 24
+    assert (tmp_path / "runs" / "a" / "checkpoint-18").is_dir()

@@ -164,8 +164,8 @@ def test_packed_rows_get_the_same_weights_in_the_same_order(tmp_path):
     tables = []
     for collator in (PadCollator(0), PackingCollator(0, max_length=16)):
         run = trainer(
-            tmp_path, train=data, meta=meta, evaluated=meta, reweighting="scorer", max_steps=2, learning_rate=1e-3, meta_optim="sgd",
-            given={"data_collator": collator, "losses": example_losses},
+            tmp_path, train=data, meta=meta, evaluated=meta, reweighting="scorer", max_steps=2, learning_rate=1e-3,
+            meta_optim="sgd", given={"data_collator": collator, "losses": example_losses},
         )  # fmt: skip
         run.train()
         tables.append(run.example_weights())
