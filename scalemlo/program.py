@@ -90,7 +90,8 @@ class Program:
         self._generator = torch.Generator().manual_seed(seed)
         default = engine or (Single() if world_size() == 1 else DDP())
         self.trainers = bind(self.graph, default, self.device, seed)
-        self._scheduler = Scheduler(self.trainers, self.device, memory)
+        below = {n: {m for m in self.graph.order if n in self.graph.ancestors(m)} for n in self.graph.order}
+        self._scheduler = Scheduler(self.trainers, self.device, below, memory)
         self._gradients = TickGradients(
             self.graph, self.trainers, self.history, nonfinite, self._watchdog, self._scheduler
         )
@@ -177,7 +178,7 @@ class Program:
             Its record, see :class:`History`.
         """
         self._gradients.outer_step, self._gradients.record = self.num_steps + 1, {}
-        with self._scheduler.timeline.iteration():
+        with self._scheduler.iteration():
             for tick in range(1, self.graph.ticks_per_step + 1):
                 self._scheduler.timeline.tick = tick
                 self.listener.on_tick_begin()
@@ -301,6 +302,15 @@ class Program:
             raise ValueError("no outer iteration has run yet, so its phases are not known; call step() or run() first.")
         return self._scheduler.timeline.phases
 
+    def interleaving(self) -> tuple[str, ...]:
+        """What the scheduler changed about the order of levels, one sentence each, and what that saves.
+
+        Within a memory budget the order is chosen after two outer iterations, where that moves fewer bytes; results do
+        not depend on it. Empty without a budget, before that, and where nothing is better than the order of the list.
+        """
+        found = self._scheduler.interleaving
+        return () if found is None else found.sentences
+
     def plan(self, *, world_size: int | None = None, engine: EngineSpec | None = None, **options: Any) -> "Plan":
         """What one outer iteration takes per rank at any world size; :func:`scalemlo.plan` does it without weights.
 
@@ -365,7 +375,7 @@ class Program:
     def _update(self, trainers: Sequence[LevelTrainer]) -> None:
         """Take all gradients of some levels, then all their steps; or none where one is not finite."""
         try:
-            for trainer in trainers:
+            for trainer in self._scheduler.in_order("gradients", trainers):
                 self._gradients.of(trainer)
         except SkipTick as skip:
             if skip.key is not None:
@@ -379,7 +389,7 @@ class Program:
             losses[name], norm = (self._gradients.record[f"{key}/{name}"][-1] for key in ("loss", "gradient_norm"))
             through = bool(self.graph.depends_on_best_responses(name))
             self.listener.on_level_gradient(name, losses[name], norm, through)
-        for trainer in trainers:
+        for trainer in self._scheduler.in_order("steps", trainers):
             with self._gradients.phase(trainer, "step"):
                 trainer.step(self._gradients.take(trainer.name))
             self._gradients.note(f"lr/{trainer.name}", float(trainer.optimizer.param_groups[0]["lr"]))

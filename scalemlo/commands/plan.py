@@ -70,6 +70,7 @@ def run(options: Namespace) -> int:
     print_table(f"One outer iteration, per rank of {options.world_size}", HEADER, found.rows)
     if found.memory is not None:
         print_table(f"Moved to keep within {found.memory}", MOVE_HEADER, found.move_rows)
+        print("\n".join(found.interleaving) or "No other order of levels moves less.")
     if found.depths:
         print(f"{num_layers} layers, extrapolated from {', '.join(map(str, found.depths))}; --exact simulates all.")
     print(found.verdict)

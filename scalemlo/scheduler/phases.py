@@ -147,6 +147,11 @@ class Timeline:
         finally:
             self.tick = 0
 
+    @property
+    def noted(self) -> tuple[Phase, ...]:
+        """Of the outer iteration in hand, so far."""
+        return tuple(self._running)
+
     def note(self, phase: Phase) -> None:
         """A phase begins; outside an outer iteration it is no part of the order."""
         if self.tick == 0:

@@ -59,6 +59,7 @@ class Plan:
         device_memory: Bytes a rank's device has; None where nothing was said.
         depths: Numbers of layers that were simulated, if the plan was extrapolated from them.
         memory: The program's budget, if it has one.
+        interleaving: What was changed about the order of levels to move less, one sentence each.
     """
 
     world_size: int
@@ -68,6 +69,7 @@ class Plan:
     device_memory: int | None = None
     depths: tuple[int, ...] = ()
     memory: Memory | None = None
+    interleaving: tuple[str, ...] = ()
 
     @property
     def peak_phase(self) -> PhaseUse:
@@ -186,6 +188,7 @@ class Plan:
             "away_bytes": self.away_bytes,
             "moved_bytes": self.moved_bytes,
             "memory": None if self.memory is None else str(self.memory),
+            "interleaving": list(self.interleaving),
             "seconds": self.seconds,
             "device_memory": self.device_memory,
             "fits": self.fits,
@@ -256,7 +259,9 @@ def plan(
     if depths and num_layers is not None:
         first = at_depth(num_layers, depths, [x.first for x in found])
         steady = at_depth(num_layers, depths, [x.steady for x in found])
-    return Plan(world_size, tuple(steady), tuple(first), hardware, budget, depths, memory)
+    return Plan(
+        world_size, tuple(steady), tuple(first), hardware, budget, depths, memory, found[0].interleaving
+    )  # fmt: skip
 
 
 def simulated_layers(num_layers: int) -> int:
@@ -268,6 +273,7 @@ class _Simulated(NamedTuple):
     first: Sequence[PhaseUse]
     steady: Sequence[PhaseUse]
     memory: Memory | None
+    interleaving: tuple[str, ...]
 
 
 def _simulate(build: "Callable[[], Program]", world_size: int, accelerator: bool, num_layers: int | None) -> _Simulated:
@@ -276,7 +282,8 @@ def _simulate(build: "Callable[[], Program]", world_size: int, accelerator: bool
         with simulation(world_size, accelerator=accelerator) as tracker:
             program = build()
             within = program._scheduler.residency
-            return _Simulated(*run_iterations(program, tracker), None if within is None else within.memory)
+            first, steady = run_iterations(program, tracker)
+            return _Simulated(first, steady, None if within is None else within.memory, program.interleaving())
     finally:
         depth.reset(token)
 

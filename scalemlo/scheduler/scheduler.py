@@ -1,7 +1,7 @@
 """Runs the phases of a program: notes their order, and has the states they need on the device within the budget."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import torch
 
 from ..ranks import Ranks
 from ..tracking import peak_bytes
+from .interleaving import Interleaving, Order, Part, Sizes, interleave
 from .memory import Memory
 from .phases import Phase, StateName, Timeline, states_of, tensors_of, uses_of
 from .residency import Moves, Residency, State
@@ -19,6 +20,9 @@ from .tracker import KIND_OF_STATE, MemoryTracker
 if TYPE_CHECKING:
     from ..engines import Engine
     from ..training import LevelTrainer
+
+
+_Key = tuple[int, str, tuple[str, ...]]  # tick, kind, and the levels of a part
 
 
 class Scheduler:
@@ -31,17 +35,27 @@ class Scheduler:
     Args:
         trainers: The levels.
         device: Of this rank.
+        below: By level, those that its hypergradient goes through.
         memory: The budget; None moves nothing.
     """
 
     def __init__(
-        self, trainers: Mapping[str, "LevelTrainer"], device: torch.device, memory: Memory | int | str | None = None
+        self,
+        trainers: Mapping[str, "LevelTrainer"],
+        device: torch.device,
+        below: Mapping[str, set[str]],
+        memory: Memory | int | str | None = None,
     ):
         self.timeline = Timeline()
         self.transient_bytes: dict[Phase, int] = {}
         """What a phase takes beside the states, at its peak: its own, and what earlier phases left for later ones."""
         self.residency: Residency | None = None
-        self._trainers, self._device = trainers, device
+        self.interleaving: Interleaving | None = None
+        """The order of levels, once two outer iterations have shown what phases need; never without a budget."""
+        self._trainers, self._device, self._below = trainers, device, below
+        self._num_iterations = 0
+        self._parts: dict[_Key, Part] = {}  # of the outer iteration in hand
+        self._orders: dict[_Key, Order] = {}
         self._pinned: Counter[StateName] = Counter()
         self._tracker: MemoryTracker | None = None
         if memory is not None:
@@ -55,6 +69,50 @@ class Scheduler:
                 on_move = partial(setattr, trainer.engine, "is_resident") if name.kind == "weights" else _ignore
                 found[name] = State(name, partial(tensors_of, trainer, name.kind), self._device, on_move)
         return found
+
+    # ---- order -------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def iteration(self) -> Iterator[None]:
+        """Context of one outer iteration. After the second one, the order of levels is chosen. Collective."""
+        self._parts = {}
+        with self.timeline.iteration():
+            yield
+        self._num_iterations += 1
+        if self.residency is not None and self._num_iterations == 2:
+            self._interleave(self.residency)
+
+    def in_order(self, kind: str, trainers: Sequence["LevelTrainer"]) -> Iterator["LevelTrainer"]:
+        """Some levels, one after the other, in the order that was chosen for them; else in the given one.
+
+        Args:
+            kind: What is done with each before the next one is asked for: ``"gradients"`` or ``"steps"``.
+            trainers: The levels.
+
+        Yields:
+            Each level.
+        """
+        by_name = {trainer.name: trainer for trainer in trainers}
+        key, work = (self.timeline.tick, kind, tuple(by_name)), {}
+        for name in self._orders.get(key, tuple(by_name)):
+            before = len(self.timeline.noted)
+            yield by_name[name]
+            work[name] = self.timeline.noted[before:]
+        if work:
+            self._parts[key] = Part(self.timeline.tick, kind, {name: work[name] for name in by_name})
+
+    def _interleave(self, residency: Residency) -> None:
+        fixed = sum(state.fixed_bytes for state in residency.states.values())
+        states = {name: state.num_bytes for name, state in residency.states.items()}
+        phases = [phase for part in self._parts.values() for work in part.work.values() for phase in work]
+        room = {phase: self.transient_bytes.get(phase, 0) for phase in phases}
+        parts = list(self._parts.values())
+        found = interleave(parts, self._below, Sizes(states, room, residency.memory.device_bytes - fixed))
+        self.interleaving = found = Ranks().from_main(found)  # sizes may differ by rank, orders must not
+        self._orders = dict(zip(self._parts, found.orders, strict=True))
+        for part, order in zip(parts, found.orders, strict=True):
+            if order != tuple(part.work):  # what earlier phases leave for later ones is another: measured anew
+                for phase in (phase for work in part.work.values() for phase in work):
+                    self.transient_bytes.pop(phase, None)
 
     # ---- phases ----------------------------------------------------------------------------------------------------
     @contextmanager

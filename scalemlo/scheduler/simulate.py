@@ -85,10 +85,10 @@ def simulation(world_size: int, *, accelerator: bool) -> Iterator[MemoryTracker]
 
 
 def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[PhaseUse], list[PhaseUse]]:
-    """Outer iterations of a program made under :func:`simulation`: two, or within a memory budget three.
+    """Outer iterations of a program made under :func:`simulation`: two, or within a memory budget five.
 
     In the first one within a budget every phase has nothing but its own states on the device, to be measured, and the
-    second begins with what that left there.
+    second begins with what that left there; then levels may change places, are measured again, and leave other states.
 
     Args:
         program: The program.
@@ -120,7 +120,7 @@ def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[Phase
             mock.patch.object(program.history, "phase", phase),
             mock.patch.object(program.history, "note_moves", note),
         ):
-            for _ in range(2 if program._scheduler.residency is None else 3):
+            for _ in range(2 if program._scheduler.residency is None else 5):
                 tracker.phases = []
                 program.step()
                 found.append(tracker.phases)
@@ -212,6 +212,7 @@ def _without_values(mode: FakeTensorMode) -> Iterator[None]:
 
     patches = [
         mock.patch.object(dist, "all_gather_object", gather_object),
+        mock.patch.object(dist, "broadcast_object_list", lambda held, **_: None),
         mock.patch.object(rng.RNGState, "capture", classmethod(lambda cls, device: cls(None, None, device))),
         mock.patch.object(rng.RNGState, "restore", lambda self: None),
         mock.patch.object(nn.Module, "_apply", _apply),

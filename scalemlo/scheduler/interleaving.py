@@ -1,0 +1,148 @@
+"""The order of levels within an outer iteration, chosen so that fewer bytes move within a memory budget.
+
+Mathematics leaves some of it open. All gradients of one update are taken at one point, so levels may take theirs in any
+order in which a level comes before those that its hypergradient goes through (their gradients come out of the same
+passes); and all steps are taken with gradients that are there already, so they have no order at all. Every choice gives
+the same bits. Decisions about what is evicted are those of :mod:`.residency`, here on sizes alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from .phases import Phase, StateName
+from .sizes import format_bytes
+
+MAX_LEVELS = 6
+"""Up to so many levels all orders of a part are compared; beyond, the given one and its reverse."""
+MAX_PHASES = 200
+"""Where an outer iteration has more phases, again the given order and its reverse."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an outer iteration whose levels may change places: the gradients of one update, or its steps.
+
+    Attributes:
+        tick: Of the outer iteration, from 1.
+        kind: ``"gradients"`` or ``"steps"``.
+        work: The phases of each level, by level in the order given.
+    """
+
+    tick: int
+    kind: str
+    work: Mapping[str, tuple[Phase, ...]]
+
+
+Order = tuple[str, ...]
+"""Names of levels."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What evictions depend on.
+
+    Attributes:
+        states: Bytes by state.
+        room: What each phase takes beside the states.
+        budget: Bytes for states that move and for what phases take.
+    """
+
+    states: Mapping[StateName, int]
+    room: Mapping[Phase, int]
+    budget: float
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Orders of the parts of an outer iteration.
+
+    Attributes:
+        orders: One for each part.
+        sentences: What was changed, and why.
+    """
+
+    orders: tuple[Order, ...]
+    sentences: tuple[str, ...]
+
+
+def moved_bytes(phases: Sequence[Phase], sizes: Sizes) -> int:
+    """Bytes that one outer iteration moves, after one that came before: farthest next use is evicted first.
+
+    Args:
+        phases: Of an outer iteration, in order.
+        sizes: Of states and phases.
+
+    Returns:
+        Onto the device and off it.
+    """
+    needing = [phase for phase in phases if phase.uses]
+    uses: dict[StateName, list[int]] = {}
+    for i, phase in enumerate(needing):
+        for name in phase.uses:
+            uses.setdefault(name, []).append(i)
+
+    def next_use(name: StateName, now: int) -> int:
+        return min((i - now - 1) % len(needing) for i in uses[name])
+
+    resident: dict[StateName, None] = {}
+    held = moved = 0
+    for i, phase in enumerate(needing * 2):
+        now, counts = i % len(needing), i >= len(needing)
+        missing = [name for name in phase.uses if name not in resident]
+        wanted = sum(sizes.states[name] for name in missing)
+        allowed = sizes.budget - wanted - sizes.room[phase]
+        victims = sorted((n for n in resident if n not in phase.uses), key=lambda name: next_use(name, now))
+        while victims and held > allowed:
+            size = sizes.states[victims[-1]]
+            del resident[victims.pop()]
+            held, moved = held - size, moved + size * counts
+        resident |= dict.fromkeys(missing)
+        held, moved = held + wanted, moved + wanted * counts
+    return moved
+
+
+def interleave(parts: Sequence[Part], below: Mapping[str, set[str]], sizes: Sizes) -> Interleaving:
+    """Choose orders, part after part: of each the one with which the whole iteration moves the fewest bytes.
+
+    Args:
+        parts: In the order of the outer iteration.
+        below: By level, those that its hypergradient goes through.
+        sizes: Of states and phases.
+
+    Returns:
+        The orders. Where none is better, the given one stays.
+    """
+    orders = [tuple(part.work) for part in parts]
+    phases = [phase for part in parts for work in part.work.values() for phase in work]
+    least = before = moved_bytes(phases, sizes)
+    is_small = len(phases) <= MAX_PHASES
+    sentences = []
+    for i, part in enumerate(parts):
+        given = orders[i]
+        for order in _orders(part, below, exhaustive=is_small and len(given) <= MAX_LEVELS):
+            tried = [*orders[:i], order, *orders[i + 1 :]]
+            found = moved_bytes(_phases(parts, tried), sizes)
+            if found < least:
+                least, orders = found, tried
+        if orders[i] != given:
+            sentences.append(
+                f"{part.kind} at tick {part.tick}: {', '.join(orders[i])} (given: {', '.join(given)}); the iteration "
+                f"then moves {format_bytes(least)} instead of {format_bytes(before)}"
+            )
+            before = least
+    return Interleaving(tuple(orders), tuple(sentences))
+
+
+def _phases(parts: Sequence[Part], orders: Sequence[Order]) -> list[Phase]:
+    pairs = zip(parts, orders, strict=True)
+    return [phase for part, order in pairs for level in order for phase in part.work[level]]
+
+
+def _orders(part: Part, below: Mapping[str, set[str]], *, exhaustive: bool) -> Iterator[Order]:
+    given = tuple(part.work)
+    for order in permutations(given) if exhaustive else (given[::-1],):
+        if part.kind == "steps" or not any(
+            earlier in below[later] for i, later in enumerate(order) for earlier in order[:i]
+        ):
+            yield order
