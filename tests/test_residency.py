@@ -152,7 +152,7 @@ def test_evicts_farthest_next_use_first_and_no_more_than_it_must(tmp_path):
 
 # ---- programs --------------------------------------------------------------------------------------------------------
 ESTIMATORS = {
-    "ghost": (mlo.Identity(), 20),
+    "ghost": (mlo.Identity(), 19),
     "nystrom": (mlo.Nystrom(rank=2, refresh_every=2), 20),
     "penalty": (mlo.Penalty(learning_rate=0.1), 24),
     "sama": (mlo.SAMA(), 31),  # whose update's derivative takes many temporaries

@@ -6,6 +6,10 @@ data; below, the fine-tune on weighted examples:
     min_lambda  mean_j l_j(w*(lambda))           over clean examples j
     s.t.        w*(lambda) = argmin_w  sum_i sigmoid(lambda_i) l_i(w) / sum_i sigmoid(lambda_i)
 
+Both sums run over the training set. A fine-tuning step takes an unbiased estimate of the lower loss from its batch,
+``(1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, so that 8 batches of one example are
+one batch of 8.
+
 A known part of the training answers is shuffled among its prompts, so that the learned weights can be judged: by the
 AUROC of clean against corrupted examples, and by the held-out loss beside a plain fine-tune on the same batches.
 
@@ -146,8 +150,8 @@ class Finetune(mlo.Level):
     """Lower level: fine-tune on weighted examples."""
 
     def loss(self, batch, rater):
-        """Weighted mean of the examples' losses."""
-        return mlo.weighted_mean(example_losses(self.module, batch), rater(batch["index"]))
+        """Weighted sum of the examples' losses over their number; the weights' mean over the training set is 1."""
+        return mlo.weighted_mean(example_losses(self.module, batch), rater(batch["index"]), normalize=False)
 
 
 class PlainFinetune(mlo.Level):
@@ -264,7 +268,7 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
         return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
     rate = Rate(
         "rater",
-        ExampleWeights(len(data.train)),
+        ExampleWeights(len(data.train), present=torch.arange(len(data.train))),
         # `units` names blocks of the language model.
         engine=replace(engine, units=None) if isinstance(engine, mlo.FSDP) else engine,
         data=shuffled(data.meta, batch_size=train.meta_batch_size),

@@ -21,7 +21,7 @@ FAST = {
     ),
     "domain_weights": (
         domain_weights, "sources=[code,noise]", "target=[code]", "num_characters=20000", "length=32", "num_meta=20",
-        "num_heldout=20", "search_steps=6", "steps=6", "longer_steps=8",
+        "num_heldout=20", "search_steps=6", "steps=6", "longer_steps=8", "batch_size=16",
     ),
     "reward_domains": (
         reward_domains, "flips=[0.0,0.5]", "num_per_domain=100", "num_meta=50", "num_validation=50", "num_problems=20",
