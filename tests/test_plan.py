@@ -1,6 +1,7 @@
 """Plans: sizes, the tracker in closed form, simulated ranks against arithmetic and against real ones."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,12 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import scalemlo as mlo
 from scalemlo.cli import main
+from scalemlo.scheduler import simulate
 from scalemlo.scheduler.advice import Change, cheapest_fit
 from scalemlo.scheduler.depth import at_depth
 from scalemlo.scheduler.plan import plan, simulated_layers
 from scalemlo.scheduler.simulate import run_iterations
 from scalemlo.scheduler.sizes import format_bytes, parse_bytes
 from scalemlo.scheduler.tracker import MemoryTracker, PhaseUse
+from scalemlo.second_order.products import LossAt
 from tests.problems import Finetune, Rate, weight_net
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
@@ -133,6 +136,30 @@ def test_deep_plans_are_those_of_all_layers(estimator, monkeypatch):
         assert (a.name, a.flops, a.sent_bytes) == (b.name, pytest.approx(b.flops), pytest.approx(b.sent_bytes))
         assert dict(a.num_collectives) == pytest.approx(dict(b.num_collectives))
         assert a.peak_bytes == pytest.approx(b.peak_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "estimator, unroll_steps",
+    [
+        (partial(mlo.Neumann, num_terms=4), 1),
+        (mlo.Unrolled, 4),
+        # Keeps what each product gives.
+        pytest.param(partial(mlo.Nystrom, rank=4), 1, marks=pytest.mark.full),
+        pytest.param(partial(mlo.ConjugateGradient, max_steps=4, damping=1.0), 1, marks=pytest.mark.full),
+    ],
+)
+def test_derivatives_that_are_alike_need_be_simulated_only_twice(estimator, unroll_steps, monkeypatch):
+    differentiate, calls = LossAt._differentiate, []
+    monkeypatch.setattr(LossAt, "_differentiate", lambda *args: calls.append(1) or differentiate(*args))
+    program = partial(build, estimator=estimator, unroll_steps=unroll_steps)
+    replayed, num_run = plan(program, world_size=2), len(calls)
+    monkeypatch.setattr(simulate, "replayed_derivatives", lambda tracker: nullcontext())
+    each = plan(program, world_size=2)
+    assert num_run < len(calls) - num_run
+    numbers, expected = replayed.as_dict(), each.as_dict()
+    for phase in (*numbers["phases"], *expected["phases"]):  # an earlier phase's bytes may die in either of the calls
+        phase["transient_bytes"] = phase.pop("carried_bytes") + phase.pop("working_bytes")
+    assert numbers == expected
 
 
 def test_what_is_no_line_is_not_extrapolated():

@@ -65,9 +65,9 @@ class Sketch:
         w = torch.tril(w) + torch.tril(w, -1).T
         values, vectors = torch.linalg.eigh(w)
         floor = rank * eps * values.abs().max()
-        kept = values.abs() > floor
-        root = r @ vectors[:, kept] / values[kept].abs().sqrt()  # H_k = Q root diag(sign) root^T Q^T
-        inner = (root * values[kept].sign()) @ root.T
+        scale = torch.where(values.abs() > floor, values.abs().rsqrt(), 0.0)
+        root = r @ (vectors * scale)  # H_k = Q root diag(sign) root^T Q^T
+        inner = (root * values.sign()) @ root.T
         h, z = torch.linalg.eigh(inner)
         return cls(basis, z, h, bool((values < -floor).any()))
 

@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 from unittest import mock
@@ -39,6 +39,7 @@ from ..program import Program
 from ..trajectory import Trajectory
 from .counted_moves import counted_moves, note_away
 from .phases import states_of, tensors_of
+from .replays import replayed_derivatives
 from .tracker import HOST, KIND_OF_STATE, MemoryTracker, PhaseUse
 
 NUM_BATCHES_LOOKED_AT = 8
@@ -116,11 +117,14 @@ def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[Phase
     gc.collect()
     gc.freeze()  # the collections before each phase look at what is new
     try:
+        within = program._scheduler.residency
         with (
+            # What is moved depends on what a tracker of the program's own measures.
+            replayed_derivatives(tracker) if within is None else nullcontext(),
             mock.patch.object(program.history, "phase", phase),
             mock.patch.object(program.history, "note_moves", note),
         ):
-            for _ in range(2 if program._scheduler.residency is None else 5):
+            for _ in range(2 if within is None else 5):
                 tracker.phases = []
                 program.step()
                 found.append(tracker.phases)

@@ -141,6 +141,33 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self._new_kind = before
 
+    @contextmanager
+    def recording(self) -> Iterator[tuple[dict[str, float], PhaseUse]]:
+        """What runs inside, to be counted again with :meth:`replay`: bytes by kind before it, and its use."""
+        before, outer = {**self.live, "total": self.total}, self._current
+        self._current = use = PhaseUse(outer.name)
+        try:
+            yield before, use
+        finally:
+            self._current = outer
+            self.replay(before, use, now=before)
+
+    def replay(self, before: dict[str, float], use: PhaseUse, *, now: dict[str, float] | None = None) -> None:
+        """Count what was recorded once more.
+
+        Args:
+            before: Bytes by kind alive when the recording began.
+            use: What was recorded.
+            now: Bytes by kind that it begins with now; by default those alive.
+        """
+        now = {**self.live, "total": self.total} if now is None else now
+        for operation, peak in use.peaks.items():
+            self._keep_larger(operation, {kind: now[kind] + peak[kind] - before[kind] for kind in peak})
+        for kind, number in use.num_collectives.items():
+            self._current.num_collectives[kind] += number
+        self._current.sent_bytes += use.sent_bytes
+        self._current.flops += use.flops
+
     def tag(self, tensor: Tensor, kind: str) -> None:
         """Say what a tensor's storage is."""
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -251,9 +278,12 @@ class MemoryTracker(TorchDispatchMode):
             self.total += sign * held.nbytes
 
     def _note_peak(self, operation: str) -> None:
-        peak = self._current.peaks.get(operation)
-        if peak is None or self.total > peak["total"]:
+        if operation not in self._current.peaks or self.total > self._current.peaks[operation]["total"]:
             self._current.peaks[operation] = {**self.live, "total": self.total}
+
+    def _keep_larger(self, operation: str, peak: dict[str, float]) -> None:
+        if peak["total"] > self._current.peaks.get(operation, {}).get("total", -1):
+            self._current.peaks[operation] = peak
 
 
 _READABLE = {
