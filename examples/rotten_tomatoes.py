@@ -10,7 +10,8 @@ configurations: weak labels only; the 100 clean ones only; both together; weak l
 of the test accuracy over seeds (a seed draws the 100 sentences and the order of the batches); the first run encodes the
 sentences, 80 seconds on two cores.
 
-Expected: reweighted + clean above weak only and clean only on average, level with mixed; see the README.
+Expected, test accuracy in % of three seeds: weak only 69.9 ± 0.2, clean only 67.7 ± 2.1, mixed 71.1 ± 0.9, reweighted
+70.1 ± 1.6, reweighted + clean 71.1 ± 1.1: on average above weak only and clean only, level with mixed; see the README.
 """
 
 import argparse

@@ -320,11 +320,10 @@ class _Hop:
     def _second_ways(self) -> None:
         lower, limit = self.lower, self.limit
         weights = lower.weights()
-        v = lower.compute_gradient([lower]).gradients[lower.name]
-        if float(v.norm()) == 0.0:
-            v = weights.clone()
+        gradient = lower.compute_gradient([lower]).gradients[lower.name]
+        v = gradient if float(gradient.norm()) > 0.0 else weights.clone()
         plain = lower.loss_at().gradient({lower.name: lower.block})[lower.name]
-        self._find("gradient: engine and skeleton", lambda: _distance(plain, v), limit)
+        self._find("gradient: engine and skeleton", lambda: _distance(plain, gradient), limit)
         blocks = {u.name: u.block for u in self.uppers}
         forward = lower.compute_mixed(v, self.uppers, "forward")
         retained = RetainedHessian(lower.loss_at(), lower.block, blocks)

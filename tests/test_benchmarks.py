@@ -15,7 +15,7 @@ def figures(name: str, folder: Path) -> dict[str, float]:
     """Run a benchmark in an interpreter without peers and return its figures."""
     path = folder / "figures.json"
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(path)]
-    command += [] if name == "bilevel_tax" else ["--peers-python", sys.executable]
+    command += [] if name in ("bilevel_tax", "gallery") else ["--peers-python", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| --- |" in result.stdout
@@ -65,3 +65,24 @@ def test_fidelity(tmp_path):
 def test_bilevel_tax(tmp_path):
     found = figures("bilevel_tax", tmp_path)
     assert {"tax_exact_unroll1", "tax_fd_unroll1", "tax_ghost_unroll1", "peak_over_plain"} <= found.keys()
+
+
+@pytest.mark.full
+def test_residency(tmp_path):
+    found = figures("residency", tmp_path)
+    assert found["bits_equal"] == 1.0
+    assert found["within/growth_bytes"] <= 1.1 * found["within/budget_bytes"] < found["without/growth_bytes"]
+    given, chosen = (found[f"{name}/moved_bytes"] for name in ("within, levels in the given order", "within"))
+    assert 0 < chosen < given
+
+
+@pytest.mark.full
+def test_plan_accuracy(tmp_path):
+    found = figures("plan_accuracy", tmp_path)
+    assert found["median_relative_error"] <= found["worst_relative_error"] < 0.15  # 10 MiB of workspaces, small models
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["billion", "faults", "gallery", "beside_betty", "simulated_models"])
+def test_other_benchmarks_run(name, tmp_path):
+    assert figures(name, tmp_path)

@@ -1,8 +1,10 @@
 """Commands that need no model: validate, env, ls, cp, report, and the run.yaml that replays a run."""
 
+import argparse
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from scalemlo.packaged import packaged
 from scalemlo.provenance import Provenance
 from scalemlo.recipes import CONFIGS, RECIPES
 from scalemlo.schema import as_text, described_arguments, schema_of
+from tests.tiny_recipe import write_recipe
 
 ROOT = Path(__file__).parent.parent
 FILES = packaged("configs")
@@ -100,6 +103,48 @@ def test_env_shows_versions_and_hides_secrets(capsys, monkeypatch):
         assert words in out
     assert "hf_secret" not in out and "- HF_TOKEN: (set, not shown)" in out
     assert relevant_variables({"HOME": "/", "WORLD_SIZE": "2"}) == {"WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["convert", "a", "b", "--base", "c"], "--base has no effect with --to full"),
+        (
+            ["plan", CONFIG, "--sweep", "world-size=2", "--json", "a", "--no-advice"],
+            "--json, --no-advice has no effect",
+        ),
+        (["plan", CONFIG, "--sweep", "world-size=2", "--world-size", "4"], "--world-size has no effect with --sweep"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, words, message):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_plans_for_every_number_of_ranks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    run = str(write_recipe(tmp_path) / "run.yaml")
+    assert main(["plan", run, "train.unroll_steps=1", "--sweep", "world-size=1,4", "--device-memory", "1GiB"]) == 0
+    rows = re.findall(r"^\W*([14]) .*iB.*yes", capsys.readouterr().out, re.M)
+    assert rows == ["1", "4"]
+    assert (tmp_path / "run" / "plan_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["plan", run, "--sweep", "ranks=1"]) == 2
+    assert "must look like world-size=8,16,32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_every_argument_is(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert " ".join(COMMANDS[name].__doc__.split()) in out
+    parser = argparse.ArgumentParser()
+    COMMANDS[name].configure(parser)
+    for action in parser._actions:
+        assert action.help, f"{action.dest} is not explained"
+        assert action.help in out
 
 
 def test_report_of_no_run_is_one_line(capsys, tmp_path):

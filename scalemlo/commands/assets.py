@@ -1,4 +1,7 @@
-"""List the models and data that are fetched from PyPI packages."""
+"""List the models and data that are fetched from PyPI packages.
+
+Configurations take their names where they take a hub name or a folder.
+"""
 
 from argparse import ArgumentParser, Namespace
 

@@ -1,7 +1,8 @@
 """Compare hypergradients with exact ones on a recipe's own program.
 
-Each estimator against the exact hypergradient on the next batches: cosine, size, CPU-seconds, bytes; and derivatives
-with a second way to have them. Trains nothing. Exit status 1 if derivatives disagree.
+On the next batches: every estimator against the exact hypergradient (cosine, size, CPU-seconds, bytes), and every
+derivative against a second way to compute it. Prints both, and writes check.json and check.png to the file's
+output_dir. Trains nothing, but for --warm-up. Exit status 1 if derivatives disagree.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def configure(parser: ArgumentParser) -> None:
     """Those of a recipe, and how long to train before."""
     on_recipe.configure(parser)
-    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="outer steps to train before (default 0)")
+    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="outer steps to train first (default 0)")
 
 
 def run(options: Namespace) -> int:

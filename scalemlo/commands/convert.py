@@ -6,19 +6,25 @@ or PEFT. Needs one process and the memory of one output file, however many ranks
 
 from argparse import ArgumentParser, Namespace
 
+from .on_recipe import refuse_idle
+
 
 def configure(parser: ArgumentParser) -> None:
     """From where, to where, and how."""
     parser.add_argument("source", help="a checkpoint, or a folder of them: then the latest complete one")
     parser.add_argument("target", help="folder to write to")
     parser.add_argument("--to", choices=("full", "hf"), default="full", help="format (default full)")
-    parser.add_argument("--level", help="for hf: which level, where there are several")
-    parser.add_argument("--base", help="for hf: folder or name of the model that training began with")
-    parser.add_argument("--max-shard-bytes", type=int, default=5 * 10**9, metavar="N", help="size of a file")
+    parser.add_argument("--level", metavar="NAME", help="for hf: which level, where there are several")
+    parser.add_argument("--base", metavar="NAME", help="for hf: folder or name of the model that training began with")
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=5 * 10**9, metavar="N", help="largest size of a file (default 5e9)"
+    )
 
 
 def run(options: Namespace) -> int:
     """Convert."""
+    if options.to == "full":
+        refuse_idle(options, ("level", "base"), "with --to full, which writes all levels")
     from ..convert import to_full, to_hf
 
     if options.to == "full":

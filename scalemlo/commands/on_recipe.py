@@ -12,8 +12,29 @@ if TYPE_CHECKING:
 
 def configure_file(parser: ArgumentParser) -> None:
     """Add the file and the overrides."""
-    parser.add_argument("config", help="YAML file; its key `recipe` names the recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, such as engine=fsdp")
+    parser.add_argument("config", help="YAML file; `scalemlo cp` copies one that works, to be changed")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the file, such as engine=fsdp; `scalemlo validate FILE` shows all keys",
+    )
+
+
+def refuse_idle(options: Namespace, names: Sequence[str], where: str) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        options: With an attribute by each name.
+        names: Of the options without effect.
+        where: When they have none.
+
+    Raises:
+        ValueError: If one of them is given.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(f"{', '.join(given)} has no effect {where}: leave it out.")
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -28,7 +49,10 @@ def configure(parser: ArgumentParser) -> None:
         "docs/launch.md",
     )
     parser.add_argument(
-        "--num-processes", type=int, metavar="N", help="with --launch; by default one per GPU, or two without GPUs"
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="how many --launch starts; by default one per GPU, or two without GPUs",
     )
 
 

@@ -1,37 +1,45 @@
 """Foretell memory, communication and time of a run, without GPUs, weights or a launcher.
 
 One outer iteration runs as one rank of many, on tensors without data. The model is made from its configuration; the
-tokenizer and the data are read, for the shapes of the batches. See docs/plan.md. Exit status 1 if it does not fit.
+tokenizer and the data are read, for the shapes of the batches. See docs/plan.md. Exit status 1 if it does not fit into
+--device-memory; with --sweep the table says for every number of ranks whether it fits.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .on_recipe import configure_file
+from .on_recipe import configure_file, refuse_idle
 
 
 def configure(parser: ArgumentParser) -> None:
     """Add the file, the overrides, the machine, and what to show."""
     configure_file(parser)
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default 1)")
-    parser.add_argument("--device-memory", metavar="SIZE", help="what a rank's device has, such as 80GiB")
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks (default 1)")
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="memory of one rank's device, such as 80GiB; without it: what is needed"
+    )
     parser.add_argument("--cpu", action="store_true", help="ranks compute on CPUs, not on accelerators")
-    parser.add_argument(
-        "--tflops", type=float, default=400.0, help="reached in matrix products, per rank (default 400)"
-    )
-    parser.add_argument("--link-gbps", type=float, default=400.0, help="sent by a rank, in 1e9 bits/s (default 400)")
-    parser.add_argument(
-        "--host-gbps", type=float, default=400.0, help="moved to and from the host by a rank (default 400)"
-    )
+    for option, what in {
+        "--tflops": "assumed speed of a rank's matrix products, in 1e12 operations/s",
+        "--link-gbps": "assumed speed at which a rank sends to others, in 1e9 bits/s",
+        "--host-gbps": "assumed speed between a rank's device and its host, in 1e9 bits/s",
+    }.items():
+        parser.add_argument(option, type=float, default=400.0, metavar="X", help=f"{what} (default 400)")
     parser.add_argument("--exact", action="store_true", help="simulate all layers of a deep model (slow)")
     parser.add_argument("--no-advice", action="store_true", help="if it does not fit, do not look for what would")
-    parser.add_argument("--sweep", metavar="world-size=8,16", help="plan for several numbers of ranks; draws a PNG")
-    parser.add_argument("--show", choices=["phases"], help="also draw the phases, as a PNG")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the plan to this file")
+    parser.add_argument(
+        "--sweep",
+        metavar="world-size=8,16",
+        help="plan for each of these numbers of ranks instead; draws output_dir/plan_sweep.png",
+    )
+    parser.add_argument("--show", choices=["phases"], help="also draw the phases, as output_dir/plan_phases.png")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the plan to this file")
 
 
 def run(options: Namespace) -> int:
     """Plan."""
+    if options.sweep is not None:
+        refuse_idle(options, ("world_size", "show", "json", "no_advice"), "with --sweep, which makes several plans")
     from .. import config as cfg
     from ..recipes import CONFIGS, RECIPES
     from ..reporting import print_table
@@ -66,8 +74,9 @@ def run(options: Namespace) -> int:
         print(f"wrote {folder}/plan_sweep.png")
         return 0
 
-    found = simulate(advise.Change(), options.world_size)
-    print_table(f"One outer iteration, per rank of {options.world_size}", HEADER, found.rows)
+    world_size = 1 if options.world_size is None else options.world_size
+    found = simulate(advise.Change(), world_size)
+    print_table(f"One outer iteration, per rank of {world_size}", HEADER, found.rows)
     if found.memory is not None:
         print_table(f"Moved to keep within {found.memory}", MOVE_HEADER, found.move_rows)
         print("\n".join(found.interleaving) or "No other order of levels moves less.")
@@ -81,8 +90,8 @@ def run(options: Namespace) -> int:
     if options.json is not None:
         found.to_json(options.json)
     if found.fits is False and not options.no_advice:
-        changes = advise.possible_changes(config, options.world_size)
-        best, tried = advise.cheapest_fit(lambda change: simulate(change, options.world_size), changes)
+        changes = advise.possible_changes(config, world_size)
+        best, tried = advise.cheapest_fit(lambda change: simulate(change, world_size), changes)
         print(advise.say(best, tried, found))
     return 1 if found.fits is False else 0
 

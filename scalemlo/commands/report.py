@@ -1,6 +1,7 @@
 """Write the report of a run again, from the files in its folder.
 
-One HTML file that needs no network: losses, weights, hypergradients, time and memory, configuration and versions.
+Makes FOLDER/report.html of a run of reweight_instructions: losses, weights, hypergradients, time and memory,
+configuration and versions, in one file that needs no network. Other recipes write report.md and result.png themselves.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -8,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 
 def configure(parser: ArgumentParser) -> None:
     """Which run."""
-    parser.add_argument("folder", help="what the run's output_dir was")
+    parser.add_argument("folder", help="the run's output_dir")
 
 
 def run(options: Namespace) -> int:

@@ -1,6 +1,8 @@
 """Run a recipe from a YAML file.
 
-Exit status 0 done, 1 the run failed, 2 the command or configuration is wrong, 130 interrupted.
+`scalemlo ls` lists the recipes. The file's output_dir gets the results and the run.yaml that replays the run;
+docs/cli.md lists what is written. Exit status 0 done, 1 the run failed, 2 the command or configuration is wrong,
+130 interrupted.
 """
 
 from argparse import Namespace

@@ -48,7 +48,7 @@ def model_card(
 
     Args:
         name: Of the model.
-        base_model: What it was fine-tuned from.
+        base_model: Name on the hub of what it was fine-tuned from, or None.
         is_adapter: Whether it is a PEFT adapter.
         estimators: Estimator by level.
         data: Description by role.
@@ -82,7 +82,7 @@ def model_card(
     }
     what = "An adapter for" if is_adapter else "Fine-tuned from"
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
-    lines.append(f"{what} {base_model or 'a model given as a module'} by multilevel optimization with scalemlo.")
+    lines.append(f"{what} {base_model or 'a model that is not on the hub'} by multilevel optimization with scalemlo.")
     for title, text in sections.items():
         lines += ["", f"## {title}", "", text]
     return "\n".join(lines) + "\n"

@@ -172,8 +172,9 @@ class Saves:
         return Ranks().on_main(lambda: self.hub.push(commit_message, blocking=blocking))
 
     def _base_model(self) -> str | None:
-        config = getattr(self.model, "config", None)
-        return getattr(config, "_name_or_path", None) or None
+        """The model's name on the hub; none of a folder, which readers of the card have not got."""
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        return name if name and not Path(name).is_dir() else None
 
     def _describe_data(self) -> dict[str, str]:
         sets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"evaluation": self.eval_dataset}

@@ -50,7 +50,10 @@ class RunFolder:
         """
         histories = {path.parent.name: pd.read_csv(path) for path in sorted(folder.glob("*/history.csv"))}
         if not histories:
-            raise ValueError(f"{folder}: there is no run in it, that is, no */history.csv; give a run's output_dir.")
+            raise ValueError(
+                f"{folder}: there is no run in it, that is, no */history.csv; give the output_dir of a run of "
+                "reweight_instructions. Recipes that compare methods have their table in report.md and result.png."
+            )
         config: Any = {}
         if (folder / "run.yaml").exists():
             config = OmegaConf.to_container(OmegaConf.load(folder / "run.yaml"))

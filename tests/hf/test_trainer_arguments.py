@@ -1,15 +1,19 @@
 """Every field of transformers' TrainingArguments is honoured or refused."""
 
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 import scalemlo as mlo
-from scalemlo.hf import MLOConfig, ReweightingConfig
+from scalemlo.hf import MLOConfig, MLOTrainer, ReweightingConfig, ReweightingTrainer
 from scalemlo.hf.argument_rules import HONOURED, RULES
 from tests.hf.trainer_runs import arguments
 
+PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
 OTHER_VALUES = {
     "optim": "adafactor", "lr_scheduler_type": "reduce_lr_on_plateau", "optim_args": "a=1",
     "optim_target_modules": "all-linear", "label_smoothing_factor": 0.1, "torch_compile_backend": "inductor",
@@ -133,3 +137,17 @@ def test_defaults_that_differ_are_those_of_the_docstring():
     different = {n for n, value in theirs.items() if value is not dataclasses.MISSING and ours[n] != value}
     assert different == {"optim", "dataloader_drop_last", "logging_steps"}
     assert all(name in MLOConfig.__doc__.replace("\n", " ") for name in different)
+
+
+def test_the_page_names_arguments_that_exist_and_all_that_transformers_lacks():
+    fields = {f.name: f for f in dataclasses.fields(ReweightingConfig)}
+    known = {*fields, *inspect.signature(ReweightingTrainer).parameters, *inspect.signature(MLOTrainer).parameters}
+    named = set(re.findall(r"`([a-z]\w*)=", PAGE))
+    assert len(named) > 10 and named <= known, named - known
+    own = set(fields) - {f.name for f in dataclasses.fields(TrainingArguments)}
+    missing = {name for name in own if not re.search(rf"\b{name}\b", PAGE)}
+    assert missing == set(), "say on docs/trainers.md what they do"
+    rows = {name: value for name, value in re.findall(r"^\| `(\w+)` \| `?([^|`]+?)`? \|", PAGE, re.M) if name in own}
+    assert {"max_length", "nonfinite", "preview_chars"} <= set(rows)
+    for name, value in rows.items():
+        assert str(fields[name].default) == value.strip('"') or float(value) == fields[name].default, name
