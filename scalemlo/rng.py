@@ -34,7 +34,10 @@ class RNGState:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw what this seed gives, then go on as if nothing had been drawn."""
     outside = RNGState.capture(device)
-    torch.manual_seed(seed)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a stack trace for every absent device
+    else:
+        torch.manual_seed(seed)
     token = _pass.set(_Pass(seed, device))
     try:
         yield
