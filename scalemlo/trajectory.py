@@ -2,13 +2,14 @@
 
 A step is a function of the state before it (weights and optimizer state, as local shards), of the parameters of the
 levels above, which did not move since, and of what was recorded: batches, seed, options of the optimizer. States are
-kept on the host, every ceil(sqrt(K))-th of K; those in between are computed again, segment by segment, so that about
-2 sqrt(K) are alive at once.
+kept on the host, every ceil(sqrt(K))-th of K; those in between are computed again, segment by segment, and wait on the
+host for their turn, so that about 2 sqrt(K) are alive at once, one or two of them on the device.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,13 +40,15 @@ class LevelState:
 
     def copied(self, device: torch.device) -> "LevelState":
         """A copy on a device."""
+        return self._map(lambda t: t.to(device, copy=True))
 
-        def copy(t: Tensor) -> Tensor:
-            return t.to(device, copy=True)
+    def to(self, device: torch.device) -> "LevelState":
+        """On a device: copied where it is on another one."""
+        return self._map(lambda t: t.to(device))
 
-        return LevelState(
-            self.weights.map(copy), {n: {k: copy(t) for k, t in state.items()} for n, state in self.optimizer.items()}
-        )
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "LevelState":
+        optimizer = {n: {k: function(t) for k, t in state.items()} for n, state in self.optimizer.items()}
+        return LevelState(self.weights.map(function), optimizer)
 
     @property
     def nbytes(self) -> int:
@@ -179,17 +182,26 @@ class Trajectory:
         """All steps, last one first, each with the state before it and the gradient it used."""
         for first in reversed(range(0, self.num_steps, self.stride)):
             segment = self.steps[first : first + self.stride]
-            pairs: list[tuple[LevelState, Shards]] = []
+            earlier: list[tuple[LevelState, Shards]] = []
             state = self._kept[first // self.stride].copied(self._device)
-            for i, step in enumerate(segment):
-                gradient = step.gradient(state)
-                pairs.append((state, gradient))
-                self._count(pairs)
-                if i + 1 < len(segment):
-                    state = step.update(state, gradient)
-            for step in reversed(segment):
-                state, gradient = pairs.pop()
-                yield step, state, gradient
+            gradient = segment[0].gradient(state)
+            for step, following in pairwise(segment):
+                earlier.append(self._put_away(state, gradient))
+                state = step.update(state, gradient)
+                gradient = following.gradient(state)
+            last = [(state, gradient)]
+            self._count(earlier + last)
+            del state, gradient  # who iterates decides how long they live
+            yield segment[-1], *last.pop()
+            for step in reversed(segment[:-1]):
+                yield step, *self._brought_back(*earlier.pop())
+
+    def _put_away(self, state: LevelState, gradient: Shards) -> tuple[LevelState, Shards]:
+        """On the host, while other steps of the segment are in hand."""
+        return state.to(torch.device("cpu")), gradient.map(torch.Tensor.cpu)
+
+    def _brought_back(self, state: LevelState, gradient: Shards) -> tuple[LevelState, Shards]:
+        return state.to(self._device), gradient.map(lambda t: t.to(self._device))
 
     def _count(self, pairs: Sequence[tuple[LevelState, Shards]]) -> None:
         held = sum(state.nbytes for state in self._kept)

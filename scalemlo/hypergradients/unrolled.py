@@ -25,8 +25,8 @@ class Unrolled(UnrollingHypergradient):
 
     One Hessian-vector product and one mixed partial per step, both out of one pass; the update U is elementwise and
     differentiated on the shards. Exact for SGD, momentum, Adam and AdamW, to the rounding of the recomputed states.
-    Costs two gradients and one product per step. Memory: about 2 sqrt(K) copies of weights and optimizer state, half of
-    them on the host.
+    Costs two gradients and one product per step. Memory: about 2 sqrt(K) copies of weights and optimizer state, all but
+    two of them on the host.
 
     Reference: Franceschi et al. 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization", alg. 1;
     truncated: Shaban et al. 2019, "Truncated Back-propagation for Bilevel Optimization", eq. 5.
@@ -44,9 +44,12 @@ class Unrolled(UnrollingHypergradient):
             weights, moments, direction = _through_update(
                 step, state.weights, state.optimizer, gradient, weights, moments
             )
-            found = step.at(state).tangents([(problem.block, direction)], wanted)
+            loss = step.at(state)
+            del state, gradient  # the pass below needs the weights alone
+            found = loss.tangents([(problem.block, direction)], wanted)
             weights = weights + found.pop(problem.name)
             total = {n: total[n].add_(x) if n in total else x for n, x in found.items()}
+            del loss, direction  # before the state of the step before is brought back
         num_steps = problem.trajectory.num_steps
         return total, Result(weights, Status.EXACT, num_iterations=num_steps, num_hvps=num_steps)
 

@@ -7,8 +7,8 @@ data; below, the fine-tune on weighted examples:
     s.t.        w*(lambda) = argmin_w  sum_i sigmoid(lambda_i) l_i(w) / sum_i sigmoid(lambda_i)
 
 Both sums run over the training set. A fine-tuning step takes an unbiased estimate of the lower loss from its batch,
-``(1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, so that 8 batches of one example are
-one batch of 8.
+``(1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, so that 8 batches of one example
+are one batch of 8.
 
 A known part of the training answers is shuffled among its prompts, so that the learned weights can be judged: by the
 AUROC of clean against corrupted examples, and by the held-out loss beside a plain fine-tune on the same batches.

@@ -337,11 +337,20 @@ def _on_accelerator(tracker: MemoryTracker) -> Iterator[None]:
         with tracker.allocating(HOST):
             record(trajectory, trainer)
 
+    def put_away(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
+        with tracker.allocating(HOST):
+            return state.copied(torch.device("cpu")), gradient.clone()
+
+    def brought_back(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
+        return state.copied(torch.device("cpu")), gradient.clone()
+
     def foreach(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
         return False, True
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Trajectory, "record", record_on_host))
+        stack.enter_context(mock.patch.object(Trajectory, "_put_away", put_away))
+        stack.enter_context(mock.patch.object(Trajectory, "_brought_back", brought_back))
         stack.enter_context(mock.patch.object(shards, "_dot", shards.dot_on_accelerator))
         for name in ("adam", "sgd"):  # adamw runs adam
             optimizer = importlib.import_module(f"torch.optim.{name}")  # torch.optim hides its modules
