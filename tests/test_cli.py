@@ -201,6 +201,10 @@ WRONG = {
     "too few rows": (["data.num_train=1000"], "num_train (1000)"),
     "another number of processes": (["num_processes=2"], "1 process(es) are running"),
     "a batch larger than the data": (["train.batch_size=64"], "data is empty"),
+    "micro-batches normalised one by one": (
+        ["train.gradient_accumulation_steps=8", "train.batch_size=1"],
+        "Use weight_normalization=dataset",
+    ),
     "fp16 on a CPU": (["engine.dtype=fp16"], "needs a GPU"),
 }
 

@@ -6,9 +6,9 @@ data; below, the fine-tune on weighted examples:
     min_lambda  mean_j l_j(w*(lambda))           over clean examples j
     s.t.        w*(lambda) = argmin_w  sum_i sigmoid(lambda_i) l_i(w) / sum_i sigmoid(lambda_i)
 
-Both sums run over the training set. A fine-tuning step takes an unbiased estimate of the lower loss from its batch,
-``(1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, so that 8 batches of one example
-are one batch of 8.
+The denominator is that of the batch at hand, which compares examples that are seen together; or that of the training
+set, ``(1/B) sum_i w_i l_i`` with ``w_i = sigmoid(lambda_i) / mean_j sigmoid(lambda_j)``, with which 8 accumulated
+batches of one example are one batch of 8.
 
 A known part of the training answers is shuffled among its prompts, so that the learned weights can be judged: by the
 AUROC of clean against corrupted examples, and by the held-out loss beside a plain fine-tune on the same batches.
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,8 @@ class TrainConfig:
         steps: Outer steps.
         unroll_steps: Fine-tuning steps per outer step.
         batch_size: Training examples per fine-tuning step, over all processes.
-        gradient_accumulation_steps: Batches per fine-tuning step.
+        gradient_accumulation_steps: Batches per fine-tuning step; more than one needs ``weight_normalization=dataset``.
+        weight_normalization: Whether weights are divided by their mean over the ``batch`` or the ``dataset``.
         meta_batch_size: Clean examples per outer step, over all processes.
         max_grad_norm: Clipping of the fine-tune's gradient, or null.
         eval_every: Outer steps between two evaluations on the held-out examples; 0 for the end only.
@@ -105,7 +107,7 @@ class TrainConfig:
         resume: Whether to go on from the latest one.
 
     Raises:
-        ValueError: If ``save_every`` is negative.
+        ValueError: If ``save_every`` is negative, or batches are accumulated whose weights are normalised one by one.
     """
 
     __pydantic_config__ = cfg.STRICT
@@ -113,6 +115,7 @@ class TrainConfig:
     unroll_steps: int = 1
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    weight_normalization: Literal["batch", "dataset"] = "batch"
     meta_batch_size: int = 8
     max_grad_norm: float | None = 1.0
     eval_every: int = 0
@@ -124,6 +127,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.save_every < 0:
             raise ValueError(f"save_every={self.save_every} must not be negative; 0 writes no checkpoints")
+        if self.weight_normalization == "batch" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"weight_normalization=batch with gradient_accumulation_steps={self.gradient_accumulation_steps}: "
+                "each batch would be normalised by itself, which is another loss; one example's weight would be 1. "
+                "Use weight_normalization=dataset, or gradient_accumulation_steps=1"
+            )
 
 
 @dataclass(kw_only=True)
@@ -149,9 +158,11 @@ class Rate(mlo.Level):
 class Finetune(mlo.Level):
     """Lower level: fine-tune on weighted examples."""
 
+    normalize: bool  # over the batch
+
     def loss(self, batch, rater):
-        """Weighted sum of the examples' losses over their number; the weights' mean over the training set is 1."""
-        return mlo.weighted_mean(example_losses(self.module, batch), rater(batch["index"]), normalize=False)
+        """Weighted mean of the examples' losses."""
+        return mlo.weighted_mean(example_losses(self.module, batch), rater(batch["index"]), normalize=self.normalize)
 
 
 class PlainFinetune(mlo.Level):
@@ -266,9 +277,10 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
     options = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
     if plain:
         return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
+    over_batch = train.weight_normalization == "batch"
     rate = Rate(
         "rater",
-        ExampleWeights(len(data.train), present=torch.arange(len(data.train))),
+        ExampleWeights(len(data.train), None if over_batch else torch.arange(len(data.train))),
         # `units` names blocks of the language model.
         engine=replace(engine, units=None) if isinstance(engine, mlo.FSDP) else engine,
         data=shuffled(data.meta, batch_size=train.meta_batch_size),
@@ -282,6 +294,7 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
         hypergradient=config.hypergradient.build(),
         **finetune,
     )
+    lower.normalize = over_batch
     return mlo.Program([rate, lower], **options)
 
 

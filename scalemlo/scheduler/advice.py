@@ -63,7 +63,10 @@ def possible_changes(config: Any, world_size: int) -> list[Change]:
     size = getattr(train, "batch_size", 1)
     if size % (2 * world_size) == 0:
         steps = 2 * train.gradient_accumulation_steps  # type: ignore[union-attr]
-        found.append(Change((("train.batch_size", size // 2), ("train.gradient_accumulation_steps", steps))))
+        halves = [("train.batch_size", size // 2), ("train.gradient_accumulation_steps", steps)]
+        if getattr(train, "weight_normalization", "dataset") != "dataset":
+            halves.append(("train.weight_normalization", "dataset"))
+        found.append(Change(tuple(halves)))
     if config.engine.type in ("auto", "single", "ddp") and world_size > 1:
         found.append(Change((("engine.type", "fsdp"),)))
     if getattr(config.engine, "dtype", None) == "fp32":
