@@ -7,19 +7,38 @@ one, and rank-1 components of the columns b_j of B and rows c_j of A:
     s.t.      A*, B* = argmin_{A, B}  C(e, A, B; train)
 
 Components with a_j >= 1/r are kept (one at least is, since their mean is 1/r); LoRA with the ranks that this gives is
-then trained from new factors on both parts.
+then trained from new factors on both parts. Baselines: LoRA of rank r on both parts, with as many steps in all, and
+with ``longer_steps``.
 
 Reference: Zhang, Qiang, Somayajula and Xie 2024, "AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation
 Based on Meta Learning" (arXiv:2403.09113).
 """
 
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 import scalemlo as mlo
 
 from ..hf.peft import chosen_ranks
 from ..ranks import Ranks
-from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, fresh_model, prepare, search_program
+from .bilevel_peft import (
+    BilevelCell,
+    BilevelPeftConfig,
+    Method,
+    TaskLevel,
+    compare,
+    draw_by_layer,
+    finetune,
+    fresh_model,
+    plain,
+    prepare,
+    save,
+    search,
+    search_program,
+)
+from .comparison import Cell, Outcome
 from .recipe import Recipe
 
 
@@ -32,6 +51,7 @@ class AutoLoRAConfig(BilevelPeftConfig):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train.retrain_steps < 1:
             raise ValueError(f"train.retrain_steps={self.train.retrain_steps} must be at least 1: ranks are retrained")
         if self.train.orthogonality:
@@ -57,13 +77,39 @@ class Factors(TaskLevel):
 METHOD = Method(kind="gated", owned="*.lora_E.*", upper=("selection", Selection), lower=("factors", Factors))
 
 
+def autolora(cell: BilevelCell) -> Outcome:
+    """Both levels, then LoRA with the ranks they chose."""
+    data = prepare(cell)
+    state, before = search(cell, data, METHOD)
+    ranks = Ranks().from_main(chosen_ranks(state))  # rank 0 alone has the state
+    model = fresh_model(cell, data, "lora", ranks=ranks)
+    retrained, scores = finetune(cell, data, model, cell.config.train.retrain_steps)
+    save(cell, data, "lora", retrained, ranks=ranks)
+    scores |= {f"{name}, not retrained": value for name, value in before.items()}
+    found = np.array(list(ranks.values()))
+    return Outcome(scores | {"mean rank": float(found.mean())}, {"by layer": found})
+
+
+def draw(axes, outcomes) -> None:
+    """The ranks."""
+    draw_by_layer(axes, outcomes, "AutoLoRA", "Chosen ranks, one line a seed", "rank")
+
+
+ARMS = {
+    "LoRA": partial(plain, kind="lora"),
+    "LoRA, longer": partial(plain, kind="lora", longer=True),
+    "AutoLoRA": autolora,
+}
+
+
 def build(config: AutoLoRAConfig) -> mlo.Program:
     """The two levels, untrained."""
-    return search_program(config, prepare(config), METHOD)
+    cell: BilevelCell = Cell(config, "AutoLoRA", config.seed)
+    return search_program(cell, prepare(cell), METHOD)
 
 
 def run(config: AutoLoRAConfig) -> bool:
-    """Both levels, training with the ranks they chose, the baseline, the report.
+    """All arms.
 
     Args:
         config: The configuration.
@@ -71,13 +117,7 @@ def run(config: AutoLoRAConfig) -> bool:
     Returns:
         Whether Ctrl-C ended it early.
     """
-    whole = Run(config, METHOD)
-    state = whole.search().state_dict("factors", trainable_only=True)
-    ranks = Ranks().from_main(chosen_ranks(state))  # rank 0 alone has the state
-    retrained = whole.retrain(fresh_model(config, whole.data, "lora", ranks=ranks))
-    if not whole.interrupted:
-        whole.save("lora", retrained, ranks=ranks)
-    return whole.finish(ranks=ranks)
+    return compare(config, ARMS, draw)
 
 
 RECIPE = Recipe(

@@ -1,16 +1,15 @@
-"""What the recipes with two levels in one adapted model share: configuration, data, programs, evaluation, report.
+"""What the recipes with two levels in one adapted model share: configuration, data, programs, arms of the comparison.
 
 The training examples are split in two. The lower level trains on one part, the upper level on the other; afterwards
-one level may train on both. A plain adapter, trained on both with as many steps, is the baseline.
+one level may train on both. Baselines train a plain adapter on both: with as many steps, and with more of them.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,9 +31,7 @@ from ..hf.prepare import prepare_dataset
 from ..hf.prepared import PreparedDataset
 from ..hf.tasks import TASKS, Task
 from ..hf.tokenizing import ensure_pad_token
-from ..reporting import markdown_table, phase_table, print_table
-from ..scheduler.beside import PlanBeside
-from ..tracking import History
+from .comparison import Arm, Cell, Comparison, ComparisonConfig, Outcome
 
 
 @dataclass(kw_only=True)
@@ -73,33 +70,46 @@ class TrainConfig:
         steps: Steps of the upper level.
         unroll_steps: Steps of the lower level between two of the upper one.
         retrain_steps: Steps of one level on all training examples afterwards, where the recipe has them.
+        longer_steps: Steps of the plain adapter that spends what two levels cost on training.
         batch_size: Examples per step, over all processes, at either level.
         max_grad_norm: Clipping of the lower level's gradient, or null.
         orthogonality: What the recipe's orthogonality term is multiplied with, where it has one.
+
+    Raises:
+        ValueError: If ``longer_steps`` is not positive.
     """
 
     __pydantic_config__ = cfg.STRICT
     steps: int
     unroll_steps: int = 1
     retrain_steps: int = 0
+    longer_steps: int = 100
     batch_size: int = 16
     max_grad_norm: float | None = 1.0
     orthogonality: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.longer_steps < 1:
+            raise ValueError(f"longer_steps={self.longer_steps} must be at least 1")
+
+    @property
+    def num_lower_steps(self) -> int:
+        """Steps of the lower level and of retraining together: what a plain adapter takes."""
+        return self.steps * self.unroll_steps + self.retrain_steps
+
 
 @dataclass(kw_only=True)
-class BilevelPeftConfig(cfg.RunConfig):
+class BilevelPeftConfig(ComparisonConfig):
     """Configuration of these recipes.
 
     Args:
         model: A model of ``scalemlo assets``, a folder, or a hub name.
-        lora: Rank, scale and layers of the adapters.
+        lora: Rank, scale and layers of the adapters; its seed is added to the arm's.
         data: The examples.
         train: The loop.
         upper: Optimizer of the upper level.
-        lower: Optimizer of the lower level, of retraining and of the baseline.
+        lower: Optimizer of the lower level, of retraining and of the baselines.
         hypergradient: How the upper level differentiates through the lower one.
-        baseline: Plain adapter to train on the same examples for comparison, or ``none``.
     """
 
     model: str
@@ -109,7 +119,9 @@ class BilevelPeftConfig(cfg.RunConfig):
     upper: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     lower: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.ESTIMATOR_CONFIGS["identity"])
-    baseline: Literal["lora", "dora", "none"] = "lora"
+
+
+BilevelCell = Cell[BilevelPeftConfig]
 
 
 class TaskLevel(mlo.Level):
@@ -154,7 +166,7 @@ class Method:
 
 @dataclass
 class Prepared:
-    """Data of one run, and what it is trained with."""
+    """Data of one arm, and what it is trained with."""
 
     train: Dataset
     validation: Dataset
@@ -172,11 +184,11 @@ class Prepared:
         return self.task.collator(self.tokenizer.pad_token_id)(rows)
 
 
-def prepare(config: BilevelPeftConfig) -> Prepared:
-    """Load, tokenise and split the examples by the run's seed.
+def prepare(cell: BilevelCell) -> Prepared:
+    """Load, tokenise and split the examples by the cell's seed.
 
     Args:
-        config: The configuration.
+        cell: The arm and its seed.
 
     Returns:
         Disjoint parts.
@@ -184,11 +196,11 @@ def prepare(config: BilevelPeftConfig) -> Prepared:
     Raises:
         ValueError: If there are too few examples.
     """
-    data = config.data
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
+    data = cell.config.data
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(cell.config.model))
     ensure_pad_token(tokenizer)
     rows, groups = _rows(data, tokenizer)
-    shuffled = np.random.default_rng(config.seed).permutation(np.unique(groups)).tolist()
+    shuffled = np.random.default_rng(cell.seed).permutation(np.unique(groups)).tolist()
     place = {group: i for i, group in enumerate(shuffled)}
     rows = [row for _, row in sorted(zip(groups, rows, strict=True), key=lambda pair: place[pair[0]])]
     if len(rows) < data.num_train + data.num_heldout:
@@ -218,11 +230,11 @@ def _rows(data: DataConfig, tokenizer) -> tuple[list[dict], list]:
     return [{"prompt": r["prompt"], "completion": r["completion"]} for r in kept], list(range(len(kept)))
 
 
-def fresh_model(config: BilevelPeftConfig, data: Prepared, kind: str, **options) -> Any:
+def fresh_model(cell: BilevelCell, data: Prepared, kind: str, **options: Any) -> Any:
     """The pretrained model with new adapters, and for sequences a new head.
 
     Args:
-        config: The configuration.
+        cell: The arm and its seed.
         data: Decides the kind of model.
         kind: Of the adapters.
         **options: To :func:`scalemlo.hf.peft.add_adapters`.
@@ -230,7 +242,8 @@ def fresh_model(config: BilevelPeftConfig, data: Prepared, kind: str, **options)
     Returns:
         The model, the same on every rank.
     """
-    torch.manual_seed(config.seed)
+    config = cell.config
+    torch.manual_seed(cell.seed)
     if data.is_classification:
         path = resolve_model(config.model)
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=torch.float32)
@@ -238,22 +251,23 @@ def fresh_model(config: BilevelPeftConfig, data: Prepared, kind: str, **options)
     else:
         model = load_causal_lm(config.model)[0]
     task_type = "SEQ_CLS" if data.is_classification else "CAUSAL_LM"
-    return add_adapters(model, config.lora, kind, task_type=task_type, **options).train()
+    spec = replace(config.lora, seed=config.lora.seed + cell.seed)
+    return add_adapters(model, spec, kind, task_type=task_type, **options).train()
 
 
-def search_program(config: BilevelPeftConfig, data: Prepared, method: Method) -> mlo.Program:
+def search_program(cell: BilevelCell, data: Prepared, method: Method) -> mlo.Program:
     """The two levels in one model, untrained.
 
     Args:
-        config: The configuration.
+        cell: The arm and its seed.
         data: The data.
         method: The recipe.
 
     Returns:
         The program.
     """
-    train = config.train
-    model = fresh_model(config, data, method.kind)
+    config, train = cell.config, cell.config.train
+    model = fresh_model(cell, data, method.kind)
     if method.term is not None:
         add_orthogonality(model, method.term)
     (upper, upper_cls), (lower, lower_cls) = method.upper, method.lower
@@ -279,31 +293,7 @@ def search_program(config: BilevelPeftConfig, data: Prepared, method: Method) ->
             **_lower_options(config, train.steps * train.unroll_steps),
         ),
     ]
-    return mlo.Program(levels, **_program_options(config))
-
-
-def finetune_program(config: BilevelPeftConfig, data: Prepared, model, num_steps: int, **options) -> mlo.Program:
-    """One level ``finetune`` on all training examples.
-
-    Args:
-        config: The configuration.
-        data: The data.
-        model: A model with adapters; where ranks differ, the first one's counts.
-        num_steps: For the learning-rate schedule.
-        **options: Of the level.
-
-    Returns:
-        The program.
-    """
-    loader = _loader(config, data, ConcatDataset([data.train, data.validation]))
-    options |= dict(task=data.task, data=loader, **_lower_options(config, num_steps))
-    level = Finetune("finetune", model, **options)
-    return mlo.Program([level], **_program_options(config))
-
-
-def _program_options(config: BilevelPeftConfig) -> dict[str, Any]:
-    engine = config.engine.build()
-    return dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
+    return cell.program(levels)
 
 
 def _lower_options(config: BilevelPeftConfig, num_steps: int) -> dict[str, Any]:
@@ -332,124 +322,115 @@ def evaluate(program: mlo.Program, level: str, data: Prepared, batch_size: int =
         batch_size: Per rank.
 
     Returns:
-        ``heldout loss`` and perhaps ``accuracy``.
+        ``held-out loss`` and perhaps ``accuracy, %``.
     """
     logits = Predictions() if data.is_classification else None
     found = run_over(program, level, data.heldout, data.collate, data.task.losses, batch_size, predictions=logits)
-    result = {"heldout loss": float(found.losses.mean())}
+    result = {"held-out loss": float(found.losses.mean())}
     if found.predictions is not None:
-        result["accuracy"] = float((found.predictions.argmax(1) == found.labels).mean())
+        result["accuracy, %"] = 100 * float((found.predictions.argmax(1) == found.labels).mean())
     return result
 
 
-SEARCH = "two levels"
-"""Name of the run of both levels."""
+# ---- what arms do ----------------------------------------------------------------------------------------------------
+def search(cell: BilevelCell, data: Prepared, method: Method) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train the two levels.
+
+    Args:
+        cell: The arm and its seed.
+        data: The data.
+        method: The recipe.
+
+    Returns:
+        What was trained, on rank 0, and the scores.
+    """
+    program, lower = search_program(cell, data, method), method.lower[0]
+    scores = cell.train(program, cell.config.train.steps, lambda: evaluate(program, lower, data))
+    return program.state_dict(lower, trainable_only=True), scores
 
 
-class Run:
-    """One run of one of these recipes: what it trains, and what it reports at the end.
+def finetune(
+    cell: BilevelCell, data: Prepared, model: Any, num_steps: int, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train one level on all training examples.
+
+    Args:
+        cell: The arm and its seed.
+        data: The data.
+        model: A model with adapters; where ranks differ, the first one's counts.
+        num_steps: Of the level.
+        **options: Of the level.
+
+    Returns:
+        What was trained, on rank 0, and the scores.
+    """
+    config = cell.config
+    loader = _loader(config, data, ConcatDataset([data.train, data.validation]))
+    level = Finetune("finetune", model, task=data.task, data=loader, **_lower_options(config, num_steps), **options)
+    program = cell.program([level])
+    scores = cell.train(program, num_steps, lambda: evaluate(program, "finetune", data))
+    return program.state_dict("finetune", trainable_only=True), scores
+
+
+def plain(cell: BilevelCell, *, kind: str, longer: bool = False) -> Outcome:
+    """A baseline: a plain adapter on all training examples.
+
+    Args:
+        cell: The arm and its seed.
+        kind: Of the adapters.
+        longer: Whether to take ``longer_steps`` instead of as many as the lower level and retraining.
+
+    Returns:
+        What it found.
+    """
+    data, train = prepare(cell), cell.config.train
+    num_steps = train.longer_steps if longer else train.num_lower_steps
+    return Outcome(finetune(cell, data, fresh_model(cell, data, kind), num_steps)[1])
+
+
+def save(cell: BilevelCell, data: Prepared, kind: str, state: Mapping[str, Tensor], **options: Any) -> None:
+    """Write ``adapter-<seed>/`` for ``PeftModel.from_pretrained``; rank 0 does.
+
+    Args:
+        cell: The arm and its seed.
+        data: Decides the kind of model.
+        kind: Of the adapters.
+        state: All their tensors, those that were frozen at the end too.
+        **options: As in :func:`fresh_model`.
+    """
+    if is_main_process():
+        folder = Path(cell.config.output_dir) / f"adapter-{cell.seed}"
+        model = fresh_model(cell, data, kind, **options)
+        model.load_state_dict(state, strict=False)
+        model.save_pretrained(str(folder))
+        data.tokenizer.save_pretrained(folder)
+
+
+def compare(config: BilevelPeftConfig, arms: Mapping[str, Arm], draw: Callable[[Any, Any], None]) -> bool:
+    """Run the arms with every seed and report.
 
     Args:
         config: The configuration.
-        method: The recipe.
+        arms: By name, baselines first.
+        draw: See :class:`Comparison`.
+
+    Returns:
+        Whether Ctrl-C ended it early.
     """
+    return Comparison(config, arms, draw, smaller_is_better=True).run()
 
-    def __init__(self, config: BilevelPeftConfig, method: Method):
-        self.config, self.method, self.data = config, method, prepare(config)
-        self.folder = Path(config.output_dir)
-        self.rows: dict[str, dict[str, float]] = {}
-        self.histories: dict[str, History] = {}
-        self.interrupted = False
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            cfg.save(config, self.folder / "run.yaml")
-        self.plan = PlanBeside(config, SEARCH)
 
-    def train(self, name: str, program: mlo.Program, level: str, num_steps: int) -> History:
-        """Train a program, evaluate it, and keep its history in the run's folder.
+def draw_by_layer(axes: Any, outcomes: Mapping[str, Any], arm: str, title: str, label: str) -> None:
+    """A line a seed of an array ``by layer`` with one number for every adapted layer, first layer first.
 
-        Args:
-            name: Of the row of the report.
-            program: The program.
-            level: Whose module is evaluated.
-            num_steps: Outer steps.
-
-        Returns:
-            The history.
-        """
-        history = program.run(num_steps, callbacks=[self.config.tracker(name)])
-        self.histories[name], self.interrupted = history, history.interrupted
-        found = evaluate(program, level, self.data)
-        seconds = sum(phase.cpu_seconds for phase in history.phases.values())
-        self.rows[name] = found | {"steps": len(history.steps), "CPU seconds": seconds}
-        if is_main_process():
-            history.save(self.folder / name.replace(" ", "_"))
-        return history
-
-    def search(self) -> mlo.Program:
-        """Train the two levels."""
-        program = search_program(self.config, self.data, self.method)
-        self.train(SEARCH, program, self.method.lower[0], self.config.train.steps)
-        return program
-
-    def retrain(self, model, **options) -> dict[str, Tensor]:
-        """Train one level on all training examples; nothing after Ctrl-C.
-
-        Args:
-            model: With adapters.
-            **options: Of the level.
-
-        Returns:
-            What was trained, on rank 0.
-        """
-        if self.interrupted:
-            return {}
-        steps = self.config.train.retrain_steps
-        program = finetune_program(self.config, self.data, model, steps, **options)
-        self.train("retrained", program, "finetune", steps)
-        return program.state_dict("finetune", trainable_only=True)
-
-    def save(self, kind: str, state: Mapping[str, Tensor], **options: Any) -> None:
-        """Write ``adapter/`` for ``PeftModel.from_pretrained``; rank 0 does.
-
-        Args:
-            kind: Of the adapters.
-            state: All their tensors, those that were frozen at the end too.
-            **options: As in :func:`fresh_model`.
-        """
-        if is_main_process():
-            model = fresh_model(self.config, self.data, kind, **options)
-            model.load_state_dict(state, strict=False)
-            model.save_pretrained(str(self.folder / "adapter"))
-            self.data.tokenizer.save_pretrained(self.folder / "adapter")
-
-    def finish(self, **facts: Any) -> bool:
-        """Train the baseline, and write the report.
-
-        Args:
-            **facts: What else the report says.
-
-        Returns:
-            Whether Ctrl-C ended the run early.
-        """
-        train, kind = self.config.train, self.config.baseline
-        steps = train.steps * train.unroll_steps + train.retrain_steps
-        if kind != "none" and not self.interrupted:
-            model = fresh_model(self.config, self.data, kind)
-            self.train(f"plain {kind}", finetune_program(self.config, self.data, model, steps), "finetune", steps)
-        if is_main_process():
-            self._report(facts)
-        return self.interrupted
-
-    def _report(self, facts: Mapping[str, Any]) -> None:
-        header = ["model", *next(iter(self.rows.values()))]
-        rows = [[name, *(f"{v:.4g}" for v in row.values())] for name, row in self.rows.items()]
-        print_table("Held-out examples", header, rows)
-        said = "\n".join(f"{key}: {value}" for key, value in facts.items())
-        planned = self.plan.finish(wait=not self.interrupted)
-        phase_header, phases, note = phase_table(self.histories, planned, self.plan.reason)
-        print_table("Seconds and bytes per phase", phase_header, phases)
-        print(f"{note}\n{said}".strip())
-        table = f"{markdown_table(phase_header, phases)}\n{note}\n"
-        (self.folder / "report.md").write_text(f"{markdown_table(header, rows)}\n{said}\n\n{table}")
-        (self.folder / "summary.json").write_text(json.dumps({"rows": self.rows, **facts}, indent=2))
+    Args:
+        axes: To draw on.
+        outcomes: By arm.
+        arm: Whose arrays are drawn.
+        title: Of the picture.
+        label: Of the vertical axis.
+    """
+    for outcome in outcomes.get(arm, ()):
+        axes.plot(outcome.arrays["by layer"], color="#2a7f62", alpha=0.7, marker="o", markersize=4)
+    axes.set(xlabel="adapted layer", ylabel=label)
+    axes.set_title(title, fontsize=10, loc="left")

@@ -7,18 +7,37 @@ the Softmax parametrisation of the paper's three (no Real-value, no Approximatel
     s.t.      P*, Q* = argmin_{P, Q}  C(e, P, Q; train) + gamma R(P, Q)
 
 with R the mean over layers of ``|P^T P - I|_F^2 + |Q Q^T - I|_F^2``. Nothing is trained again afterwards; the result is
-written as the LoRA adapter that computes the same.
+written as the LoRA adapter that computes the same. Baselines: plain LoRA on both parts, with as many steps, and with
+``longer_steps``.
 
 Reference: Qiang, Zhang and Xie 2024, "BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank
 Adaptation of Large Pre-trained Models" (arXiv:2403.13037).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
 
 import scalemlo as mlo
 
 from ..hf.peft import factor_orthogonality, gated_to_lora
-from .bilevel_peft import BilevelPeftConfig, Method, Run, TaskLevel, prepare, search_program
+from .bilevel_peft import (
+    BilevelCell,
+    BilevelPeftConfig,
+    Method,
+    TaskLevel,
+    compare,
+    draw_by_layer,
+    plain,
+    prepare,
+    save,
+    search,
+    search_program,
+)
+from .comparison import Cell, Outcome
 from .recipe import Recipe
 
 
@@ -31,6 +50,7 @@ class BiLoRAConfig(BilevelPeftConfig):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train.retrain_steps:
             raise ValueError(f"train.retrain_steps={self.train.retrain_steps} has no effect: BiLoRA does not retrain")
 
@@ -60,13 +80,41 @@ METHOD = Method(
 )
 
 
+def bilora(cell: BilevelCell) -> Outcome:
+    """Both levels."""
+    data = prepare(cell)
+    state, scores = search(cell, data, METHOD)
+    save(cell, data, "lora", gated_to_lora(state))
+    return Outcome(scores, {"by layer": largest_gates(state)})
+
+
+def largest_gates(state: Mapping[str, Tensor]) -> np.ndarray:
+    """The largest value of every layer, times r: 1 where all are equal."""
+    values = [e.softmax(0) * len(e) for name, e in state.items() if ".lora_E." in name]
+    return np.array([float(value.max()) for value in values])
+
+
+def draw(axes, outcomes) -> None:
+    """How unequal the values became."""
+    title = "Largest pseudo singular value times r, one line a seed"
+    draw_by_layer(axes, outcomes, "BiLoRA", title, "1: all are equal")
+
+
+ARMS = {
+    "LoRA": partial(plain, kind="lora"),
+    "LoRA, longer": partial(plain, kind="lora", longer=True),
+    "BiLoRA": bilora,
+}
+
+
 def build(config: BiLoRAConfig) -> mlo.Program:
     """The two levels, untrained."""
-    return search_program(config, prepare(config), METHOD)
+    cell: BilevelCell = Cell(config, "BiLoRA", config.seed)
+    return search_program(cell, prepare(cell), METHOD)
 
 
 def run(config: BiLoRAConfig) -> bool:
-    """Both levels, the baseline, the report.
+    """All arms.
 
     Args:
         config: The configuration.
@@ -74,10 +122,7 @@ def run(config: BiLoRAConfig) -> bool:
     Returns:
         Whether Ctrl-C ended it early.
     """
-    whole = Run(config, METHOD)
-    state = whole.search().state_dict("vectors", trainable_only=True)
-    whole.save("lora", gated_to_lora(state))
-    return whole.finish()
+    return compare(config, ARMS, draw)
 
 
 RECIPE = Recipe(

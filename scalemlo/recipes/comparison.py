@@ -18,7 +18,7 @@ import torch
 from .. import config as cfg
 from ..distributed import is_main_process
 from ..level import Level
-from ..program import Program
+from ..program import Callback, Program
 from ..provenance import PACKAGES, device_name, versions
 from ..ranks import Ranks
 from ..reporting import markdown_table, print_table
@@ -103,6 +103,7 @@ class Cell(Generic[C]):
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         *,
         every: int | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> dict[str, float]:
         """Train a program.
 
@@ -112,6 +113,7 @@ class Cell(Generic[C]):
             evaluate: Scores at this moment. Where they have one named :data:`VALIDATION`, it picks the best moment, and
                 is no score of the result. Collective.
             every: Outer steps between two evaluations; None evaluates at the end only.
+            callbacks: Called after every outer step, before it is evaluated.
 
         Returns:
             The last scores, and for each one, where a moment was picked, ``"<name>, best"`` at that moment.
@@ -125,10 +127,10 @@ class Cell(Generic[C]):
             if evaluate is not None and (program.num_steps == steps or every and program.num_steps % every == 0):
                 found.append(dict(evaluate()))
 
-        start = time.process_time()
-        history = program.run(steps, callbacks=[look, self.config.tracker(f"{self.arm} {self.seed}")])
+        start, steps_before = time.process_time(), program.num_steps
+        history = program.run(steps, callbacks=[*callbacks, look, self.config.tracker(f"{self.arm} {self.seed}")])
         self.cpu_seconds += time.process_time() - start
-        self.outer_steps += len(history.steps)
+        self.outer_steps += program.num_steps - steps_before
         if history.interrupted:
             raise Interrupted
         if not found:
