@@ -28,7 +28,7 @@ import scalemlo as mlo
 from .. import config as cfg
 from ..ranks import Ranks
 from .classification import Fit
-from .comparison import Cell, Comparison, Outcome
+from .comparison import Cell, Outcome, compared
 from .few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
 from .images import accuracy
 from .recipe import Recipe
@@ -225,22 +225,10 @@ def build(config: BiSSLConfig) -> mlo.Program:
     return two_levels(cell, data, pretrained(cell, data, 0))
 
 
-def run(config: BiSSLConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS).run()
-
-
 RECIPE = Recipe(
     BiSSLConfig,
     build,
-    run,
+    compared(ARMS),
     "pretrain without labels for the fine-tuning that follows, each pulling the other's backbone",
     "Zakarias, Hansen and Tan 2024, BiSSL: Enhancing the Alignment Between Self-Supervised Pretraining and Downstream "
     "Fine-Tuning via Bilevel Optimization (arXiv:2410.02387)",

@@ -264,6 +264,22 @@ class Comparison:
         print(f"wrote {self._folder}/result.png, result.json, report.md")
 
 
+def compared(
+    arms: Mapping[str, Arm], draw: Callable[..., None] | None = None, *, smaller_is_better: bool = False
+) -> Callable[[Any], bool]:
+    """What a recipe runs: all arms of a configuration.
+
+    Args:
+        arms: See :class:`Comparison`.
+        draw: See :class:`Comparison`.
+        smaller_is_better: See :class:`Comparison`.
+
+    Returns:
+        A function of the configuration; it returns whether Ctrl-C ended it early.
+    """
+    return lambda config: Comparison(config, arms, draw, smaller_is_better=smaller_is_better).run()
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation, to four digits or the digits that the spread leaves; empty for no values."""
     if not values:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images, take_per_class
 from .recipe import Recipe
 
@@ -312,22 +312,10 @@ def build(config: DartsConfig) -> mlo.Program:
     return search_program(cell, split(config, config.seed))
 
 
-def run(config: DartsConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     DartsConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "search the operations of a small convolutional cell by gradient, then train the network that was found",
     "Liu et al. 2019, DARTS: Differentiable Architecture Search (arXiv:1806.09055)",
 )

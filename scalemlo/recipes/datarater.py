@@ -31,7 +31,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from ..hf.reweighting import ExampleWeights, ScoreNet
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .comparison_picture import BASELINE, METHOD
 from .recipe import Recipe
 from .texts import NUM_WORDS, CharacterModel, TextSource, all_losses, load_text, noise, split_off, text_losses, windows
@@ -258,22 +258,10 @@ def build(config: DataRaterConfig) -> mlo.Program:
     return two_levels(Cell(config, "DataRater", config.seed), texts(config, config.seed))
 
 
-def run(config: DataRaterConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw, smaller_is_better=True).run()
-
-
 RECIPE = Recipe(
     DataRaterConfig,
     build,
-    run,
+    compared(ARMS, draw, smaller_is_better=True),
     "train a language model on partly damaged texts, with a net that rates every text by its characters",
     "Calian et al. 2025, DataRater: Meta-Learned Dataset Curation (arXiv:2505.17895)",
 )

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images, take_per_class
 from .recipe import Recipe
 from .restart import Repeated, Restart
@@ -285,22 +285,10 @@ def build(config: DeepEquilibriumConfig) -> mlo.Program:
     return two_levels(cell, training_data(config, config.seed), jacobian_free=False)
 
 
-def run(config: DeepEquilibriumConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS).run()
-
-
 RECIPE = Recipe(
     DeepEquilibriumConfig,
     build,
-    run,
+    compared(ARMS),
     "train a network whose output is the fixed point of a layer, differentiated implicitly",
     "Bai et al. 2019, Deep Equilibrium Models (arXiv:1909.01377)",
 )

@@ -33,7 +33,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from .classification import losses
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .images import load_images
 from .recipe import Recipe
 
@@ -373,22 +373,10 @@ def build(config: FederatedConfig) -> mlo.Program:
     return three_levels(cell, split(config, config.seed))
 
 
-def run(config: FederatedConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     FederatedConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "classify at sites of several clients that share weights, not examples; three levels with consensus penalties",
     "Jiao et al. 2023, Provably Convergent Federated Trilevel Learning (arXiv:2312.11835)",
 )

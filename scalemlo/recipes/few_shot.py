@@ -34,7 +34,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from ..ranks import Ranks
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .few_shot_tasks import DIGITS, Sinusoids, TaskBatches, Tasks, TurnedDigits
 from .recipe import Recipe
 from .restart import Repeated, Restart
@@ -396,22 +396,10 @@ def build(config: FewShotConfig) -> mlo.Program:
     return two_levels(cell, "digits", implicit=False)
 
 
-def run(config: FewShotConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     FewShotConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "learn an initialisation from which a few steps on a few examples of a new task suffice",
     "Finn et al. 2017, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks (arXiv:1703.03400); "
     "Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients (arXiv:1909.04630)",

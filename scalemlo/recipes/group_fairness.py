@@ -30,7 +30,7 @@ import scalemlo as mlo
 from .. import config as cfg
 from ..distributed import all_reduce_sum
 from .classification import losses
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .images import ImageData, SmallCNN, load_images
 from .recipe import Recipe
 
@@ -274,22 +274,10 @@ def build(config: GroupFairnessConfig) -> mlo.Program:
     return two_levels(cell, split(config, config.seed))
 
 
-def run(config: GroupFairnessConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     GroupFairnessConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "classify images with a misleading mark, learning how much each group counts so that the worst one does well",
     "Roh et al. 2021, FairBatch: Batch Selection for Model Fairness (arXiv:2012.01696)",
 )

@@ -34,7 +34,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from ..ranks import Ranks
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images, take_per_class
 from .recipe import Recipe
 from .restart import Restart
@@ -391,22 +391,10 @@ def build(config: HyperparametersConfig) -> mlo.Program:
     return two_levels(cell, split(config, config.seed), unrolled=False)
 
 
-def run(config: HyperparametersConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     HyperparametersConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "tune a weight decay for every input feature and a learning-rate schedule, implicitly and by unrolling trainings",
     "Lorraine et al. 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation (arXiv:1911.02590); "
     "Maclaurin et al. 2015, Gradient-based Hyperparameter Optimization through Reversible Learning (arXiv:1502.03492)",

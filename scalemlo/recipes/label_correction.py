@@ -26,7 +26,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from .classification import losses
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images
 from .recipe import Recipe
 from .reviews import weak_reviews
@@ -296,22 +296,10 @@ def build(config: LabelCorrectionConfig) -> mlo.Program:
     return two_levels(cell, split(config, config.seed), with_clean=True)
 
 
-def run(config: LabelCorrectionConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     LabelCorrectionConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "classify from weak labels that a net corrects, which learns from a few clean ones how",
     "Zheng et al. 2021, Meta Label Correction for Noisy Label Learning (arXiv:1911.03809)",
 )

@@ -30,7 +30,7 @@ from .. import config as cfg
 from ..hf.reweighting import ExampleWeights
 from ..reporting import auroc
 from .classification import Fit, losses
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .comparison_picture import BASELINE, METHOD
 from .images import ImageData, SmallCNN, accuracy, load_images, take_per_class
 from .recipe import Recipe
@@ -278,22 +278,10 @@ def build(config: LabelNoiseConfig) -> mlo.Program:
     return two_levels(cell, split(config, config.seed))
 
 
-def run(config: LabelNoiseConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     LabelNoiseConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "classify images of which many have a wrong label, learning from a few clean ones how much each example counts",
     "Shu et al. 2019, Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting (arXiv:1902.07379)",
 )

@@ -28,7 +28,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from .classification import Fit, losses
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images, take_per_class
 from .recipe import Recipe
 
@@ -279,22 +279,10 @@ def build(config: LearningByIgnoringConfig) -> mlo.Program:
     return three_levels(cell, split(config, config.seed))
 
 
-def run(config: LearningByIgnoringConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     LearningByIgnoringConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "adapt to a target domain with few labels, learning which source examples to ignore; three levels",
     "Zhao et al. 2020, Learning by Ignoring, with Application to Domain Adaptation (arXiv:2012.14288)",
 )

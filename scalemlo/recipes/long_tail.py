@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .images import ImageData, SmallCNN, accuracy, load_images, take_per_class
 from .recipe import Recipe
 
@@ -205,22 +205,10 @@ def build(config: LongTailConfig) -> mlo.Program:
     return two_levels(cell, split(config, config.seed))
 
 
-def run(config: LongTailConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     LongTailConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "classify images of which some classes are rare, learning the weight of every loss from a small balanced set",
     "Shu et al. 2019, Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting (arXiv:1902.07379)",
 )

@@ -29,7 +29,7 @@ import scalemlo as mlo
 
 from .. import config as cfg
 from .classification import Fit, losses
-from .comparison import Cell, Comparison, Outcome
+from .comparison import Cell, Outcome, compared
 from .few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
 from .recipe import Recipe
 from .vision_transformer import Classifier, MaskedAutoencoder, draw_order
@@ -254,22 +254,10 @@ def build(config: MaskedAutoencoderConfig) -> mlo.Program:
     return three_levels(cell, split(config, config.seed))
 
 
-def run(config: MaskedAutoencoderConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     MaskedAutoencoderConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "pretrain a vision transformer by drawing masked patches, learning from few labels which ones; three levels",
     "Guo et al. 2024, Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level Optimization "
     "(arXiv:2402.18128)",

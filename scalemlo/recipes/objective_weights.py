@@ -35,7 +35,7 @@ from .. import config as cfg
 from ..assets import fetch
 from ..ranks import Ranks
 from .classification import Fit, losses
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .comparison_picture import BASELINE, METHOD
 from .images import accuracy
 from .recipe import Recipe
@@ -337,22 +337,10 @@ def build(config: ObjectiveWeightsConfig) -> mlo.Program:
     return three_levels(Cell(config, TAPWEIGHT, config.seed), split(config, config.seed))
 
 
-def run(config: ObjectiveWeightsConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     ObjectiveWeightsConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "go on pretraining a text encoder, learning from few labels how much each objective counts; three levels",
     "Zhang, Somayajula and Xie 2024, TapWeight: Reweighting Pretraining Objectives for Task-Adaptive Pretraining "
     "(arXiv:2410.10006)",

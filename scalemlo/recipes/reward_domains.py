@@ -35,7 +35,7 @@ from .. import config as cfg
 from ..hf.reweighting import DomainWeights
 from ..reporting import auroc
 from .chains import Chains, draw_chains
-from .comparison import VALIDATION, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 from .comparison_picture import BASELINE, METHOD
 from .recipe import Recipe
 
@@ -274,22 +274,10 @@ def build(config: RewardDomainsConfig) -> mlo.Program:
     return two_levels(Cell(config, "DreamPRM", config.seed), parts(config, config.seed))
 
 
-def run(config: RewardDomainsConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw).run()
-
-
 RECIPE = Recipe(
     RewardDomainsConfig,
     build,
-    run,
+    compared(ARMS, draw),
     "train a process reward model on domains with more or less wrong step labels, learning the weight of each",
     "Cao et al. 2025, DreamPRM: Domain-Reweighted Process Reward Model for Multimodal Reasoning (arXiv:2505.20241)",
 )

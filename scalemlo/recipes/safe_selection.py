@@ -35,7 +35,7 @@ from .. import config as cfg
 from ..hf.reweighting import DomainWeights
 from ..ranks import Ranks
 from ..reporting import auroc
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .recipe import Recipe
 from .texts import CharacterModel, TextSource, all_losses, load_text, split_off, text_losses, windows
 
@@ -321,22 +321,10 @@ def build(config: SafeSelectionConfig) -> mlo.Program:
     return two_levels(cell, texts(config, config.seed), CharacterModel().state_dict())
 
 
-def run(config: SafeSelectionConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, ARMS, draw, smaller_is_better=True).run()
-
-
 RECIPE = Recipe(
     SafeSelectionConfig,
     build,
-    run,
+    compared(ARMS, draw, smaller_is_better=True),
     "choose the texts to fine-tune a language model on, where some break a house rule",
     "Shen et al. 2024, SEAL: Safety-enhanced Aligned LLM Fine-tuning via Bilevel Data Selection (arXiv:2410.07471)",
 )
