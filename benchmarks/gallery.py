@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import measure
@@ -64,7 +65,7 @@ def page() -> str:
             continue
         result = json.loads(path.read_text())
         rows = [["arm", *result["header"][1:]], ["---"] * len(result["header"]), *result["rows"]]
-        table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+        table = "\n".join(markdown_row(row) for row in rows)
         recipe = RECIPES[name]
         parts.append(
             f"## {name}\n\n{recipe.description[0].upper()}{recipe.description[1:]}. {recipe.paper}.\n\n"
@@ -75,6 +76,11 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def markdown_row(cells: Iterable[object]) -> str:
+    """Of a table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
 def train(name: str, overrides: list[str], folder: Path) -> dict:
     """Run a recipe; return its result."""
     command = [sys.executable, "-m", "scalemlo", "train", f"configs/{name}.yaml", f"output_dir={folder}", *overrides]
@@ -83,14 +89,14 @@ def train(name: str, overrides: list[str], folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-def figures_of(name: str, result: dict) -> dict[str, float]:
-    """Mean of every score of every arm."""
+def figures_of(name: str, result: dict) -> dict[tuple[str, str, str], float]:
+    """Mean of every score of every arm, by recipe, arm and score."""
     found = {}
     for arm, scores in result["arms"].items():
         for score, values in scores.items():
             known = [v for v in values if v is not None]
             if known:
-                found[f"{name}/{arm}/{score}"] = sum(known) / len(known)
+                found[name, arm, score] = sum(known) / len(known)
     return found
 
 
@@ -102,7 +108,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under 45 seconds on two cores; writes no page")
     parser.add_argument("--json", type=Path, help="write the figures to this file, one flat object")
     options = parser.parse_args()
-    figures: dict[str, float] = {}
+    figures: dict[tuple[str, str, str], float] = {}
     if not options.page:
         print(measure.machine())
         names = options.only or (list(QUICK) if options.quick else comparisons())
@@ -117,10 +123,10 @@ def main() -> None:
                     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print("\n| recipe | arm | score | mean |\n| --- | --- | --- | --- |")
         for key, value in figures.items():
-            print("| " + " | ".join(key.split("/")) + f" | {value:.4g} |")
+            print(markdown_row([*key, f"{value:.4g}"]))
     if not options.quick:
         PAGE.write_text(page())
-    measure.write_figures(options.json, figures)
+    measure.write_figures(options.json, {"/".join(key): value for key, value in figures.items()})
 
 
 if __name__ == "__main__":
