@@ -28,7 +28,6 @@ from .bilevel_peft import (
     BilevelPeftConfig,
     Method,
     TaskLevel,
-    compare,
     draw_by_layer,
     finetune,
     fresh_model,
@@ -38,7 +37,7 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome
+from .comparison import Cell, Outcome, compared
 from .recipe import Recipe
 
 
@@ -108,22 +107,10 @@ def build(config: AutoLoRAConfig) -> mlo.Program:
     return search_program(cell, prepare(cell), METHOD)
 
 
-def run(config: AutoLoRAConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return compare(config, ARMS, draw)
-
-
 RECIPE = Recipe(
     AutoLoRAConfig,
     build,
-    run,
+    compared(ARMS, draw, smaller_is_better=True),
     "fine-tune with LoRA, learning the rank of every layer on a validation split",
     "Zhang et al. 2024, AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation Based on Meta Learning "
     "(arXiv:2403.09113)",

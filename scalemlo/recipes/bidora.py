@@ -29,7 +29,6 @@ from .bilevel_peft import (
     BilevelPeftConfig,
     Method,
     TaskLevel,
-    compare,
     draw_by_layer,
     finetune,
     fresh_model,
@@ -39,7 +38,7 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome
+from .comparison import Cell, Outcome, compared
 from .recipe import Recipe
 
 
@@ -125,22 +124,10 @@ def build(config: BiDoRAConfig) -> mlo.Program:
     return search_program(cell, prepare(cell), METHOD)
 
 
-def run(config: BiDoRAConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return compare(config, ARMS, draw)
-
-
 RECIPE = Recipe(
     BiDoRAConfig,
     build,
-    run,
+    compared(ARMS, draw, smaller_is_better=True),
     "fine-tune with DoRA, learning the magnitudes on a validation split",
     "Qin et al. 2024, BiDoRA: Bi-level Optimization-Based Weight-Decomposed Low-Rank Adaptation (arXiv:2410.09758)",
 )

@@ -31,7 +31,7 @@ from ..hf.prepare import prepare_dataset
 from ..hf.prepared import PreparedDataset
 from ..hf.tasks import TASKS, Task
 from ..hf.tokenizing import ensure_pad_token
-from .comparison import Arm, Cell, Comparison, ComparisonConfig, Outcome
+from .comparison import Cell, ComparisonConfig, Outcome
 
 
 @dataclass(kw_only=True)
@@ -404,20 +404,6 @@ def save(cell: BilevelCell, data: Prepared, kind: str, state: Mapping[str, Tenso
         model.load_state_dict(state, strict=False)
         model.save_pretrained(str(folder))
         data.tokenizer.save_pretrained(folder)
-
-
-def compare(config: BilevelPeftConfig, arms: Mapping[str, Arm], draw: Callable[[Any, Any], None]) -> bool:
-    """Run the arms with every seed and report.
-
-    Args:
-        config: The configuration.
-        arms: By name, baselines first.
-        draw: See :class:`Comparison`.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return Comparison(config, arms, draw, smaller_is_better=True).run()
 
 
 def draw_by_layer(axes: Any, outcomes: Mapping[str, Any], arm: str, title: str, label: str) -> None:

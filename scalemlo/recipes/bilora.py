@@ -29,7 +29,6 @@ from .bilevel_peft import (
     BilevelPeftConfig,
     Method,
     TaskLevel,
-    compare,
     draw_by_layer,
     plain,
     prepare,
@@ -37,7 +36,7 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome
+from .comparison import Cell, Outcome, compared
 from .recipe import Recipe
 
 
@@ -113,22 +112,10 @@ def build(config: BiLoRAConfig) -> mlo.Program:
     return search_program(cell, prepare(cell), METHOD)
 
 
-def run(config: BiLoRAConfig) -> bool:
-    """All arms.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        Whether Ctrl-C ended it early.
-    """
-    return compare(config, ARMS, draw)
-
-
 RECIPE = Recipe(
     BiLoRAConfig,
     build,
-    run,
+    compared(ARMS, draw, smaller_is_better=True),
     "fine-tune with low-rank updates, learning their pseudo singular values on a validation split",
     "Qiang et al. 2024, BiLoRA: A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of "
     "Large Pre-trained Models (arXiv:2403.13037)",

@@ -1,9 +1,14 @@
 """What recipes that train classifiers share."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 import scalemlo as mlo
+
+from .comparison import VALIDATION
+from .images import accuracy
 
 
 def losses(classifier, batch) -> Tensor:
@@ -17,3 +22,22 @@ class Fit(mlo.Level):
     def loss(self, batch):
         """Mean loss."""
         return mlo.mean(losses(self.module, batch))
+
+
+def test_and_validation(program: mlo.Program, level: str, data: Any) -> dict[str, float]:
+    """Scores of a classifier, for :meth:`.comparison.Cell.train`. Collective.
+
+    Args:
+        program: Trains it.
+        level: Whose module it is.
+        data: Has the data sets ``test`` and ``validation`` of inputs and labels.
+
+    Returns:
+        Accuracy on both in percent; that on the validation data picks the best moment.
+    """
+    with program.inference(level) as classifier:
+        test, validation = (
+            100 * accuracy(classifier, *(t.to(program.device) for t in part.tensors))
+            for part in (data.test, data.validation)
+        )
+    return {"accuracy, %": test, VALIDATION: validation}

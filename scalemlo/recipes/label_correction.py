@@ -12,7 +12,6 @@ weak labels as they are; clean ones alone; both. A few more clean examples pick 
 Reference: Zheng et al. 2021, "Meta Label Correction for Noisy Label Learning" (arXiv:1911.03809).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -25,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from .classification import losses
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
-from .images import accuracy, load_images
+from .classification import losses, test_and_validation
+from .comparison import Cell, ComparisonConfig, Outcome, compared
+from .images import load_images
 from .recipe import Recipe
 from .reviews import weak_reviews
 
@@ -249,14 +248,7 @@ def _options(cell: Cell[LabelCorrectionConfig], train: TensorDataset, num_classe
 
 
 def _train(cell: Cell[LabelCorrectionConfig], program: mlo.Program, data: Split) -> dict[str, float]:
-    def evaluate() -> Mapping[str, float]:
-        with program.inference("classifier") as classifier:
-            test, validation = (
-                100 * accuracy(classifier, *(t.to(program.device) for t in part.tensors))
-                for part in (data.test, data.validation)
-            )
-        return {"accuracy, %": test, VALIDATION: validation}
-
+    evaluate = partial(test_and_validation, program, "classifier", data)
     return cell.train(program, cell.config.steps, evaluate, every=cell.config.evaluate_every)
 
 

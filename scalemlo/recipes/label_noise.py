@@ -15,7 +15,6 @@ References: for the net, Shu et al. 2019, "Meta-Weight-Net: Learning an Explicit
 (arXiv:1803.09050).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,10 +28,10 @@ import scalemlo as mlo
 from .. import config as cfg
 from ..hf.reweighting import ExampleWeights
 from ..reporting import auroc
-from .classification import Fit, losses
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
+from .classification import Fit, losses, test_and_validation
+from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .comparison_picture import BASELINE, METHOD
-from .images import ImageData, SmallCNN, accuracy, load_images, take_per_class
+from .images import ImageData, SmallCNN, load_images, take_per_class
 from .recipe import Recipe
 
 NUM_CLASSES = 10
@@ -232,16 +231,7 @@ def _loader(config: LabelNoiseConfig, part: TensorDataset) -> DataLoader:
 
 def _train(cell: Cell[LabelNoiseConfig], program: mlo.Program, data: Split, *, longer: int = 1) -> dict[str, float]:
     """Train; as many evaluations, whatever the number of steps."""
-    config = cell.config
-
-    def evaluate() -> Mapping[str, float]:
-        with program.inference("classifier") as classifier:
-            test, validation = (
-                100 * accuracy(classifier, *(t.to(program.device) for t in part.tensors))
-                for part in (data.test, data.validation)
-            )
-        return {"accuracy, %": test, VALIDATION: validation}
-
+    config, evaluate = cell.config, partial(test_and_validation, program, "classifier", data)
     return cell.train(program, longer * config.steps, evaluate, every=longer * config.evaluate_every)
 
 

@@ -15,7 +15,6 @@ Reference: Zhao et al. 2020, "Learning by Ignoring, with Application to Domain A
 V has a head of its own; here both nets are alike.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,9 +26,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 from .. import config as cfg
-from .classification import Fit, losses
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
-from .images import accuracy, load_images, take_per_class
+from .classification import Fit, losses, test_and_validation
+from .comparison import Cell, ComparisonConfig, Outcome, compared
+from .images import load_images, take_per_class
 from .recipe import Recipe
 
 DOMAINS = {
@@ -237,14 +236,7 @@ def _options(config: LearningByIgnoringConfig, data: TensorDataset) -> dict:
 
 
 def _train(cell: Cell[LearningByIgnoringConfig], program: mlo.Program, data: Split, level: str) -> dict[str, float]:
-    def evaluate() -> Mapping[str, float]:
-        with program.inference(level) as net:
-            test, validation = (
-                100 * accuracy(net, *(t.to(program.device) for t in part.tensors))
-                for part in (data.test, data.validation)
-            )
-        return {"accuracy, %": test, VALIDATION: validation}
-
+    evaluate = partial(test_and_validation, program, level, data)
     return cell.train(program, cell.config.steps, evaluate, every=cell.config.evaluate_every)
 
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
 from .. import config as cfg
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
-from .images import ImageData, SmallCNN, accuracy, load_images, take_per_class
+from .classification import losses, test_and_validation
+from .comparison import Cell, ComparisonConfig, Outcome, compared
+from .images import ImageData, SmallCNN, load_images, take_per_class
 from .recipe import Recipe
 
 
@@ -84,11 +84,6 @@ class ClassifyPlain(mlo.Level):
     def loss(self, batch):
         """Weighted mean of the losses."""
         return mlo.mean(losses(self.module, batch) * self.class_weights[batch[1]])
-
-
-def losses(classifier, batch) -> Tensor:
-    """Loss of every image."""
-    return F.cross_entropy(classifier(batch[0]), batch[1], reduction="none")
 
 
 @dataclass
@@ -175,11 +170,7 @@ def _options(cell: Cell[LongTailConfig], train: TensorDataset) -> dict:
 
 
 def _train(cell: Cell[LongTailConfig], program: mlo.Program, data: Split) -> dict[str, float]:
-    def evaluate() -> dict[str, float]:
-        with program.inference("classifier") as classifier:
-            test, validation = (100 * accuracy(classifier, *part.tensors) for part in (data.test, data.validation))
-        return {"accuracy, %": test, VALIDATION: validation}
-
+    evaluate = partial(test_and_validation, program, "classifier", data)
     return cell.train(program, cell.config.steps, evaluate, every=cell.config.evaluate_every)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from ..data import map_tensors
 from ..second_order.products import LossAt
@@ -26,7 +25,7 @@ from .tracker import MemoryTracker, PhaseUse
 class _Call:
     before: dict[str, float]
     use: PhaseUse
-    results: list[dict[str, tuple[dict[str, tuple], Any]]]  # by key: shapes and dtypes by parameter, group
+    results: list[dict[str, Shards]]  # without data
 
 
 @contextmanager
@@ -50,14 +49,14 @@ def replayed_derivatives(tracker: MemoryTracker) -> Iterator[None]:
         call = calls.get(key)
         if call is not None:
             tracker.replay(call.before, call.use)
-            return [{k: _empty(*result) for k, result in found.items()} for found in call.results]
+            return _like(call.results, "cpu")
         if key not in calls:
             calls[key] = None
             return differentiate(loss, moving, wanted, parts, difference)
         gc.collect()  # no graph of an earlier call may die in this one
         with tracker.recording() as (before, use):
             found = differentiate(loss, moving, wanted, parts, difference)
-        calls[key] = _Call(before, use, [{k: _shapes(x) for k, x in by_key.items()} for by_key in found])
+        calls[key] = _Call(before, use, _like(found, "meta"))
         return found
 
     with mock.patch.object(LossAt, "_differentiate", replayed):
@@ -78,10 +77,6 @@ def _name(block: Any) -> Hashable:
     return (block.engine, tuple(block.names))
 
 
-def _shapes(found: Shards) -> tuple[dict[str, tuple], Any]:
-    return {name: (tuple(t.shape), t.dtype) for name, t in found.items()}, found.group
-
-
-def _empty(shapes: dict[str, tuple], group: Any) -> Shards:
-    made: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    return Shards(made, group)
+def _like(found: list[dict[str, Shards]], device: str) -> list[dict[str, Shards]]:
+    """Vectors of the same shapes on a device; on ``meta`` they take no memory and are not counted."""
+    return [{key: x.map(lambda t: torch.empty_like(t, device=device)) for key, x in by.items()} for by in found]

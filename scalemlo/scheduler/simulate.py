@@ -337,12 +337,12 @@ def _on_accelerator(tracker: MemoryTracker) -> Iterator[None]:
         with tracker.allocating(HOST):
             record(trajectory, trainer)
 
-    def put_away(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
-        with tracker.allocating(HOST):
-            return state.copied(torch.device("cpu")), gradient.clone()
-
     def brought_back(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
         return state.copied(torch.device("cpu")), gradient.clone()
+
+    def put_away(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
+        with tracker.allocating(HOST):
+            return brought_back(trajectory, state, gradient)
 
     def foreach(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
         return False, True

@@ -144,25 +144,27 @@ class MemoryTracker(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[tuple[dict[str, float], PhaseUse]]:
         """What runs inside, to be counted again with :meth:`replay`: bytes by kind before it, and its use."""
-        before, outer = {**self.live, "total": self.total}, self._current
+        before, outer = self._alive, self._current
         self._current = use = PhaseUse(outer.name)
         try:
             yield before, use
         finally:
             self._current = outer
-            self.replay(before, use, now=before)
+            self._count_use(before, use, before)
 
-    def replay(self, before: dict[str, float], use: PhaseUse, *, now: dict[str, float] | None = None) -> None:
-        """Count what was recorded once more.
+    def replay(self, before: dict[str, float], use: PhaseUse) -> None:
+        """Count what was recorded once more, on top of what is alive now.
 
         Args:
             before: Bytes by kind alive when the recording began.
             use: What was recorded.
-            now: Bytes by kind that it begins with now; by default those alive.
         """
-        now = {**self.live, "total": self.total} if now is None else now
+        self._count_use(before, use, self._alive)
+
+    def _count_use(self, before: dict[str, float], use: PhaseUse, now: dict[str, float]) -> None:
         for operation, peak in use.peaks.items():
-            self._keep_larger(operation, {kind: now[kind] + peak[kind] - before[kind] for kind in peak})
+            if self._is_peak(operation, now["total"] + peak["total"] - before["total"]):
+                self._current.peaks[operation] = {kind: now[kind] + peak[kind] - before[kind] for kind in peak}
         for kind, number in use.num_collectives.items():
             self._current.num_collectives[kind] += number
         self._current.sent_bytes += use.sent_bytes
@@ -278,12 +280,17 @@ class MemoryTracker(TorchDispatchMode):
             self.total += sign * held.nbytes
 
     def _note_peak(self, operation: str) -> None:
-        if operation not in self._current.peaks or self.total > self._current.peaks[operation]["total"]:
-            self._current.peaks[operation] = {**self.live, "total": self.total}
+        if self._is_peak(operation, self.total):
+            self._current.peaks[operation] = self._alive
 
-    def _keep_larger(self, operation: str, peak: dict[str, float]) -> None:
-        if peak["total"] > self._current.peaks.get(operation, {}).get("total", -1):
-            self._current.peaks[operation] = peak
+    def _is_peak(self, operation: str, total: float) -> bool:
+        peak = self._current.peaks.get(operation)
+        return peak is None or total > peak["total"]
+
+    @property
+    def _alive(self) -> dict[str, float]:
+        """Bytes by kind, and in all on the device."""
+        return {**self.live, "total": self.total}
 
 
 _READABLE = {
