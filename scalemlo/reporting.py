@@ -49,8 +49,9 @@ def phase_table(
         planned, beside = planned_peaks(plan, run, history.resident_at_start)
         if beside:
             said = (
-                f"Peaks are of the whole process; the planned ones are the program's, and {beside / MIB:.0f} MiB that "
-                "the process had beside the program's weights when training began."
+                "Peaks are of the whole process, with the gaps that the C allocator leaves between tensors; the "
+                f"planned ones are the program's, and {beside / MIB:.0f} MiB that the process had beside the program's "
+                "weights when training began."
             )
         for phase, stats in history.phases.items():
             row = [run, phase, f"{stats.num_calls}", f"{stats.wall_seconds:.1f}"]

@@ -1,6 +1,7 @@
 """What a run measures: losses per step, seconds and bytes per phase."""
 
 import csv
+import ctypes
 import json
 import os
 import time
@@ -13,16 +14,29 @@ from typing import Any
 import psutil
 import torch
 
+FIRST_CALLS, EVERY_CALL = 3, 16
+"""On the CPU the peak is measured in the first calls of each phase and in every so many-th: to measure takes up to a
+millisecond, and pages that were given back have to be fetched again."""
+
 
 @dataclass
 class PhaseStats:
-    """Time and memory of one phase of one level, summed over a run."""
+    """Time and memory of one phase of one level, summed over a run.
+
+    Attributes:
+        num_calls: How often it ran.
+        wall_seconds: In all.
+        cpu_seconds: In all, of every thread of the process.
+        peak_bytes: The most in any call that was measured: all on accelerators, see :data:`EVERY_CALL` for the CPU.
+        moved_bytes: Onto the device and off it, for the phase and before it.
+        moved_seconds: Waited for that.
+    """
 
     num_calls: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
-    moved_bytes: int = 0  # onto the device and off it, for the phase and before it
+    moved_bytes: int = 0
     moved_seconds: float = 0.0
 
     def as_row(self) -> dict[str, float]:
@@ -67,11 +81,17 @@ class History:
 
     @contextmanager
     def phase(self, level: str, name: str, device: torch.device) -> Iterator[None]:
-        """Time a phase and note its peak memory (allocated on the device; resident of the process on CPU)."""
+        """Time a phase and note its peak memory (allocated on the device; resident of the process on CPU).
+
+        On the CPU, what the C allocator keeps for later is given back before, so that it is not part of the peak.
+        """
         stats = self.phases.setdefault(f"{level}/{name}", PhaseStats())
+        is_measured = device.type != "cpu" or stats.num_calls < FIRST_CALLS or stats.num_calls % EVERY_CALL == 0
+        if is_measured:
+            give_back_free_memory(device)
+            reset_peak_bytes(device)
         if self.resident_at_start is None:
             self.resident_at_start = psutil.Process().memory_info().rss if device.type == "cpu" else 0
-        reset_peak_bytes(device)
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -81,7 +101,8 @@ class History:
             stats.num_calls += 1
             stats.wall_seconds += time.perf_counter() - wall
             stats.cpu_seconds += time.process_time() - cpu
-            stats.peak_bytes = max(stats.peak_bytes, peak_bytes(device))
+            if is_measured:
+                stats.peak_bytes = max(stats.peak_bytes, peak_bytes(device))
 
     def note_moves(self, level: str, name: str, num_bytes: int, seconds: float) -> None:
         """Add what was moved onto the device and off it for a phase that has run."""
@@ -102,6 +123,14 @@ class History:
         content: dict[str, Any] = {"phases": summary, "skipped": self.skipped, "solves": self.solves}
         content["resident_at_start"] = self.resident_at_start
         (folder / "phases.json").write_text(json.dumps(content, indent=2))
+
+
+def give_back_free_memory(device: torch.device) -> None:
+    """Have the C allocator return what is free to the system; accelerators count what is allocated, and need none."""
+    if device.type == "cpu" and os.name == "posix":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+        if trim is not None:
+            trim(0)
 
 
 def reset_peak_bytes(device: torch.device) -> None:
