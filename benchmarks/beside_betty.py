@@ -11,10 +11,11 @@ three, that did best on the validation data with a seed of its own; then three o
 at the best moment on the validation data.
 
 Cost: CPU-seconds per outer step and the growth of memory over a run, an estimator beside its equal, the packages in
-processes of their own and in turn. Growth is that of the second of two runs in one process, so that imports are no part
-of it.
+processes of their own and in turn; beside them the two gradients and steps without a hypergradient in plain torch:
+no method can do without. Growth is that of the second of two runs in one process, so that imports are no part of it.
 
-The aims are 0.8 of Betty's CPU-seconds and 0.6 of its growth. `--quick` takes a few steps on digits alone.
+The aims are 0.8 of Betty's CPU-seconds and 0.6 of its growth. `--quick` takes a few steps on digits alone,
+and weighs the first estimator of each package only.
 """
 
 import copy
@@ -39,9 +40,9 @@ AIM_SECONDS, AIM_GROWTH = 0.8, 0.6
 SEARCH_SEED, SEEDS = 100, (0, 1, 2)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 STEPS = {"long tail": 150, "label noise": 200, "weak labels": 200}
-QUICK_STEPS = dict.fromkeys(STEPS, 20)
+QUICK_STEPS = dict.fromkeys(STEPS, 10)
 NUM_LOOKS = 10  # evaluations of a run
-TIMED_STEPS, WEIGHED_STEPS, WARM_UP = 30, 20, 5
+TIMED_STEPS, WEIGHED_STEPS, WARM_UP = 30, 10, 5
 PAGE_BYTES = 4096  # what memory is counted in
 
 
@@ -138,24 +139,26 @@ class Package:
             scores = {option: next(found) for option in options}
             self.chosen[name] = max(scores, key=lambda o: (scores[o]["best validation"], scores[o]["validation"]))
 
-    def train_and_time(self, files: Mapping[str, str]) -> None:
+    def train_and_time(self, files: Mapping[str, str], *, timed_only: bool = False) -> None:
         """Train on all tasks as chosen, and time all estimators."""
         pairs = [(name, estimator) for name in files for estimator in estimators(self.name, name)]
-        jobs = [("train", files[name], *self.chosen[name]) for name in files]
+        trained = [] if timed_only else list(files)
+        jobs = [("train", files[name], *self.chosen[name]) for name in trained]
         found = self.run(measure.STEADY_TIME, jobs + [("seconds", files[name], e) for name, e in pairs])
-        for name, scores in zip(files, found, strict=False):
+        for name, scores in zip(trained, found, strict=False):
             self.scores[name].append(scores)
-        for pair, value in zip(pairs, found[len(files) :], strict=True):
+        for pair, value in zip(pairs, found[len(trained) :], strict=True):
             self.seconds[pair].append(value)
 
-    def weigh(self, files: Mapping[str, str]) -> None:
-        """Measure the growth with all estimators."""
-        pairs = [(name, estimator) for name in files for estimator in estimators(self.name, name)]
+    def weigh(self, files: Mapping[str, str], *, first_only: bool) -> None:
+        """Measure the growth with all estimators, or with the first one."""
+        end = 1 if first_only else None
+        pairs = [(name, estimator) for name in files for estimator in estimators(self.name, name)[:end]]
         found = self.run(measure.EXACT_MEMORY, [("growth", files[name], e) for name, e in pairs])
         self.growth = dict(zip(pairs, found, strict=True))
 
 
-def compare(packages: Sequence[Package], *, quick: bool) -> None:
+def compare(packages: Sequence[Package], plain: Package, *, quick: bool) -> None:
     """Everything, packages in turn."""
     steps = QUICK_STEPS if quick else STEPS
     seeds = SEEDS[:1] if quick else SEEDS
@@ -168,10 +171,12 @@ def compare(packages: Sequence[Package], *, quick: bool) -> None:
             package.chosen = {name: (ESTIMATORS[package.name][0], LEARNING_RATES[0]) for name in steps}
             if not quick:
                 package.search(files[SEARCH_SEED])
-        for seed, package in product(seeds, packages):
-            package.train_and_time(files[seed])
+        for seed in seeds:
+            for package in packages:
+                package.train_and_time(files[seed])
+            plain.train_and_time(files[seed], timed_only=True)
         for package in packages:
-            package.weigh(files[seeds[0]])
+            package.weigh(files[seeds[0]], first_only=quick)
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -193,27 +198,47 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
-def cost_rows(own: Package, theirs: Package | None, figures: dict[str, float]) -> list[list[str]]:
+def cost_rows(own: Package, theirs: Package | None, plain: Package, figures: dict[str, float]) -> list[list[str]]:
     """Rows of the second table; adds figures."""
     rows = []
     equal = dict(zip(ESTIMATORS["scalemlo"], ESTIMATORS["betty"], strict=True))
     for (name, estimator), times in own.seconds.items():
-        tag, peer = f"{estimator}_{name.replace(' ', '_')}", (name, equal[estimator])
-        seconds, growth = [times], [own.growth[name, estimator]]
+        task = name.replace(" ", "_")
+        least, growth = plain.seconds[name, "none"], own.growth.get((name, estimator))
+        figures[f"milliseconds_{estimator}_{task}"] = 1e3 * statistics.median(times)
+        figures[f"seconds_over_plain_{estimator}_{task}"] = ratio(times, least)
+        row = [name, estimator, "", milliseconds(least), milliseconds(times), "", "", mebibytes(growth), "", ""]
         if theirs is not None:
-            seconds, growth = [times, theirs.seconds[peer]], [*growth, theirs.growth[peer]]
-            figures[f"seconds_over_betty_{tag}"] = statistics.median(a / b for a, b in zip(*seconds, strict=True))
-            figures[f"growth_over_betty_{tag}"] = growth[0] / max(growth[1], PAGE_BYTES)
-        figures[f"milliseconds_{tag}"] = 1e3 * statistics.median(times)
-        row = [name, estimator, peer[1]]
-        for key, values in (
-            ("seconds", [f"{1e3 * statistics.median(found):.1f}" for found in seconds]),
-            ("growth", [f"{found / 2**20:.2f}" for found in growth]),
-        ):
-            ratio = figures.get(f"{key}_over_betty_{tag}")
-            row += [*values, "" if ratio is None else f"{ratio:.2f}"] if theirs is not None else [*values, "", ""]
+            peer = name, equal[estimator]
+            peer_times, peer_growth = theirs.seconds[peer], theirs.growth.get(peer)
+            figures[f"plain_seconds_over_betty_{estimator}_{task}"] = ratio(least, peer_times)
+            figures[f"seconds_over_betty_{estimator}_{task}"] = times_ratio = ratio(times, peer_times)
+            row[2], row[5], row[6], row[8] = (
+                peer[1],
+                milliseconds(peer_times),
+                f"{times_ratio:.2f}",
+                mebibytes(peer_growth),
+            )
+            if growth is not None and peer_growth is not None:
+                figures[f"growth_over_betty_{estimator}_{task}"] = growth_ratio = growth / max(peer_growth, PAGE_BYTES)
+                row[9] = f"{growth_ratio:.2f}"
         rows.append(row)
     return rows
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """The median."""
+    return f"{1e3 * statistics.median(seconds):.1f}"
+
+
+def mebibytes(num_bytes: int | None) -> str:
+    """Or nothing where it was not measured."""
+    return "" if num_bytes is None else f"{num_bytes / 2**20:.2f}"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median, round by round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def main() -> None:
@@ -225,9 +250,10 @@ def main() -> None:
     from scalemlo.reporting import markdown_table
 
     own, theirs = Package("scalemlo", sys.executable), Package("betty", options.peers_python)
+    plain = Package("torch", sys.executable)
     missing = theirs.missing()
     packages = [own] if missing else [own, theirs]
-    compare(packages, quick=options.quick)
+    compare(packages, plain, quick=options.quick)
     figures: dict[str, float] = {}
     rows = [row for package in packages for row in accuracy_rows(package, figures)]
     steps = QUICK_STEPS if options.quick else STEPS
@@ -244,8 +270,9 @@ def main() -> None:
     ]
     print(markdown_table(header, sorted(rows, key=lambda row: list(steps).index(row[0]))))
     print(f"\nOne outer step; the aims are {AIM_SECONDS} of Betty's time and {AIM_GROWTH} of its growth of memory.\n")
-    header = ["data", "scalemlo", "Betty", "CPU-ms", "Betty's", "ratio", "growth MiB", "Betty's", "ratio"]
-    print(markdown_table(header, cost_rows(own, None if missing else theirs, figures)))
+    header = ["data", "scalemlo", "Betty", "CPU-ms without", "scalemlo's", "Betty's", "ratio"]
+    header += ["growth MiB", "Betty's", "ratio"]
+    print(markdown_table(header, cost_rows(own, None if missing else theirs, plain, figures)))
     measure.write_figures(options.json, {name: float(f"{value:.4g}") for name, value in figures.items()})
 
 

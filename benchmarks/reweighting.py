@@ -1,4 +1,4 @@
-"""Meta-Weight-Net on three data sets, trained by scalemlo and by Betty, from the same file.
+"""Meta-Weight-Net on three data sets, trained by scalemlo and by Betty, from the same file; and its plain steps.
 
 A task holds the modules with their first weights, the data, and which examples every step takes, so that both packages
 start at one point and see one sequence of batches. :func:`train_scalemlo` and :func:`train_betty` are as a user of each
@@ -8,6 +8,7 @@ above; scalemlo takes both gradients at one point, Betty the upper one after the
 Reference: Shu et al. 2019, "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting" (arXiv:1902.07379).
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ LOWER_OPTIMIZERS = {
 }
 """The classifier's, as in the recipes long_tail, label_noise and label_correction."""
 
-ESTIMATORS = {"scalemlo": ("identity", "sama"), "betty": ("darts", "sama")}
+ESTIMATORS = {"scalemlo": ("identity", "sama"), "betty": ("darts", "sama"), "torch": ("none",)}
 """By package, in the order of their equals: the first takes the identity for the inverse Hessian."""
 
 
@@ -224,5 +225,30 @@ def train_betty(task: Task, estimator: str, upper_learning_rate: float) -> Advan
     return advance
 
 
-PACKAGES = {"scalemlo": train_scalemlo, "betty": train_betty}
+def train_plain(task: Task, estimator: str, upper_learning_rate: float) -> Advance:
+    """The two gradients and steps that every method takes, in plain torch: without a hypergradient, and so no use."""
+    lower = LOWER_OPTIMIZERS[task.name](task.classifier.parameters())
+    upper = torch.optim.AdamW(task.weight_net.parameters(), lr=upper_learning_rate, weight_decay=0.0)
+    scheduler = CosineAnnealingLR(lower, T_max=len(task.train_order))
+    train = itertools.chain.from_iterable(itertools.repeat(Batches(task.train, task.train_order)))
+    clean = itertools.chain.from_iterable(itertools.repeat(Batches(task.clean, task.clean_order)))
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            inputs, labels = next(clean)
+            torch.autograd.grad(losses(task.classifier(inputs), labels).mean(), list(task.classifier.parameters()))
+            inputs, labels = next(train)
+            found = losses(task.classifier(inputs), labels)
+            weights = task.weight_net(found.detach().unsqueeze(1)).squeeze(1)
+            lower.zero_grad()
+            upper.zero_grad()
+            ((weights * found).sum() / weights.sum()).backward()
+            lower.step()
+            scheduler.step()
+            upper.step()
+
+    return advance
+
+
+PACKAGES = {"scalemlo": train_scalemlo, "betty": train_betty, "torch": train_plain}
 """What sets a run up: ``PACKAGES[name](task, estimator, upper_learning_rate)`` gives what takes its steps."""
