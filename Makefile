@@ -37,11 +37,13 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.test.stamp
 	.venv/bin/ruff check .
+	.venv/bin/ty check
 	$(PYTEST) $(PYTEST_FLAGS)
 
 # The slow checks too.
 test-full: .venv/.test.stamp
 	.venv/bin/ruff check .
+	.venv/bin/ty check
 	$(PYTEST) --full $(PYTEST_FLAGS)
 
 # Runs every benchmark; each says on its first lines what it measures.

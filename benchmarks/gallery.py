@@ -2,9 +2,10 @@
 
     python benchmarks/gallery.py [--only NAME ...] [--page] [--quick] [--json PATH]
 
-Each is `scalemlo train configs/NAME.yaml`, in a process of its own. Results and pictures go to docs/gallery/, the page
-docs/gallery.md is made from them and from the first lines of the YAML files. `--page` makes the page alone. `--quick`
-runs a few steps of two recipes, one seed, on the digits of scikit-learn, and writes no page.
+Each is `scalemlo train configs/NAME.yaml`, in a process of its own; some also run with other values of a key. Results
+and pictures go to docs/gallery/, the page docs/gallery.md is made from them and from the first lines of the YAML files.
+`--page` makes the page alone. `--quick` runs a few steps of two recipes, one seed, on the digits of scikit-learn, and
+writes no page.
 """
 
 import argparse
@@ -25,6 +26,8 @@ QUICK = {
     "long_tail": ["data=digits", "num_largest=80", "steps=20"],
     "label_noise": ["data=digits", "steps=20"],
 }
+VARIANTS = {"long_tail": ["imbalance=50", "imbalance=200"]}
+"""What else a recipe runs with."""
 HEAD = """\
 # Gallery
 
@@ -64,16 +67,32 @@ def page() -> str:
         if not path.is_file():
             continue
         result = json.loads(path.read_text())
-        rows = [["arm", *result["header"][1:]], ["---"] * len(result["header"]), *result["rows"]]
-        table = "\n".join(markdown_row(row) for row in rows)
         recipe = RECIPES[name]
         parts.append(
             f"## {name}\n\n{recipe.description[0].upper()}{recipe.description[1:]}. {recipe.paper}.\n\n"
-            f"```bash\nscalemlo train configs/{name}.yaml\n```\n\n{table}\n\n![{name}](gallery/{name}.png)\n\n"
-            f"{introduction(name)}\n\n{len(result['seeds'])} seeds; {result['device']}, torch "
+            f"```bash\nscalemlo train configs/{name}.yaml\n```\n\n{table(result)}\n\n![{name}](gallery/{name}.png)\n\n"
+            f"{introduction(name)}\n"
+        )
+        for change in VARIANTS.get(name, []):
+            other = variant_path(name, change)
+            if other.is_file():
+                parts.append(f"With `{change}`:\n\n{table(json.loads(other.read_text()))}\n")
+        parts.append(
+            f"{len(result['seeds'])} seeds; {result['device']}, torch "
             f"{result['versions']['torch'].partition('+')[0]}.\n"
         )
     return "\n".join(parts)
+
+
+def variant_path(name: str, change: str) -> Path:
+    """Where the result of a recipe with another value of a key lies."""
+    return RESULTS / f"{name}-{change.replace('=', '-')}.json"
+
+
+def table(result: dict) -> str:
+    """Arms and scores as Markdown."""
+    rows = [["arm", *result["header"][1:]], ["---"] * len(result["header"]), *result["rows"]]
+    return "\n".join(markdown_row(row) for row in rows)
 
 
 def markdown_row(cells: Iterable[object]) -> str:
@@ -87,6 +106,11 @@ def train(name: str, overrides: list[str], folder: Path) -> dict:
     print(f"== {name}", file=sys.stderr, flush=True)
     subprocess.run(command, cwd=ROOT, env={**os.environ, **measure.ONE_THREAD}, check=True, stdout=sys.stderr)
     return json.loads((folder / "result.json").read_text())
+
+
+def write(path: Path, result: dict) -> None:
+    """For the page to be made from."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def figures_of(name: str, result: dict) -> dict[tuple[str, str, str], float]:
@@ -117,10 +141,16 @@ def main() -> None:
                 quick = [*QUICK.get(name, []), "num_seeds=1"] if options.quick else []
                 result = train(name, quick, Path(scratch))
                 figures |= figures_of(name, result)
-                if not options.quick:
-                    RESULTS.mkdir(exist_ok=True)
-                    shutil.copy(Path(scratch) / "result.png", RESULTS / f"{name}.png")
-                    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+                if options.quick:
+                    continue
+                RESULTS.mkdir(exist_ok=True)
+                shutil.copy(Path(scratch) / "result.png", RESULTS / f"{name}.png")
+                write(RESULTS / f"{name}.json", result)
+            for change in VARIANTS.get(name, []):
+                with tempfile.TemporaryDirectory() as scratch:
+                    other = train(name, [change], Path(scratch))
+                write(variant_path(name, change), other)
+                figures |= figures_of(f"{name} {change}", other)
         print("\n| recipe | arm | score | mean |\n| --- | --- | --- | --- |")
         for key, value in figures.items():
             print(markdown_row([*key, f"{value:.4g}"]))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from .data import BatchStream
 from .engines import Engine, EngineSpec
@@ -41,12 +42,13 @@ def bind(graph: LevelGraph, default: EngineSpec, device: torch.device, seed: int
     trainers = {}
     for level in levels:
         engine = engines[id(level._module)]
-        if held[level.name]:
-            swap_parameters(level.optimizer, held[level.name], engine.parameters)  # type: ignore[arg-type]
+        if isinstance(level.optimizer, Optimizer):
+            swap_parameters(level.optimizer, held[level.name], engine.parameters)
         stream = None
         if graph.reads_batch(level.name):
+            assert level.data is not None, "the graph has refused that"
             shuffle_seed = seed + zlib.crc32(level.name.encode())
-            stream = BatchStream(level.data, level=level.name, device=device, seed=shuffle_seed)  # type: ignore[arg-type]
+            stream = BatchStream(level.data, level=level.name, device=device, seed=shuffle_seed)
         trainers[level.name] = LevelTrainer(level, engine, names[level.name], stream)
     for trainer in trainers.values():
         if isinstance(trainer.estimator, UnrollingHypergradient):

@@ -9,9 +9,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -290,7 +290,7 @@ class _Hop:
         """The response part of the hypergradient of every level that asks."""
         found = {}
         for upper in self.asking:
-            row = dict(
+            row: dict[str, Any] = dict(
                 upper=upper.name, lower=self.lower.name, estimator=_written(estimator), is_configured=is_configured
             )
             zero = upper.weights() * 0.0
@@ -303,12 +303,12 @@ class _Hop:
             try:
                 _, total = self.gradients.hypergradient(upper)
             except (ValueError, DerivativeError) as error:
-                found[upper.name] = zero, Comparison(**row, note=str(error).split(". ")[0])  # type: ignore[arg-type]
+                found[upper.name] = zero, Comparison(**row, note=str(error).split(". ")[0])
                 continue
             found[upper.name] = (
                 total - direct,
                 Comparison(
-                    **row,  # type: ignore[arg-type]
+                    **row,
                     num_hvps=int(sum(self.gradients.record.get(f"hvps/{self.lower.name}", [0]))),
                     cpu_seconds=time.process_time() - seconds,
                     peak_growth_bytes=max(0, peak_bytes(device) - bytes_before),
@@ -379,12 +379,13 @@ def _against(row: Comparison, h: Shards, exact: Shards) -> Comparison:
         return row
     size, exact_size = float(h.norm()), float(exact.norm())
     if exact_size == 0.0:
-        return Comparison(**(asdict(row) | {"note": "the exact hypergradient is zero"}))
-    return Comparison(**(asdict(row) | {
-        "cosine": float(h.dot(exact)) / max(size * exact_size, 1e-300),
-        "size_ratio": size / exact_size,
-        "relative_error": float((h - exact).norm()) / exact_size,
-    }))  # fmt: skip
+        return replace(row, note="the exact hypergradient is zero")
+    return replace(
+        row,
+        cosine=float(h.dot(exact)) / max(size * exact_size, 1e-300),
+        size_ratio=size / exact_size,
+        relative_error=float((h - exact).norm()) / exact_size,
+    )
 
 
 def _distance(a: Shards, b: Shards) -> float:

@@ -107,7 +107,7 @@ def _config_of(name: str, cls: Any) -> type:
     return make_dataclass(
         cls.__name__ + "Config",
         [
-            ("type", Literal[name], field(default=name)),  # type: ignore[valid-type]
+            ("type", Literal[name], field(default=name)),  # ty: ignore[invalid-type-form]
             *((f.name, types[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(cls)),
         ],
         kw_only=True,
@@ -146,13 +146,13 @@ class AutoConfig:
 ENGINE_CONFIGS = {"auto": AutoConfig} | {name: _config_of(name, engine) for name, engine in ENGINES.items()}
 """Config dataclass by engine: ``type`` and the engine's own fields."""
 
-EngineConfig = Annotated[Union[tuple(ENGINE_CONFIGS.values())], Discriminator("type")]  # noqa: UP007
+EngineConfig = Annotated[Union[tuple(ENGINE_CONFIGS.values())], Discriminator("type")]  # noqa: UP007  # ty: ignore[invalid-type-form]
 """How modules are held; ``type`` says which of :data:`ENGINE_CONFIGS`."""
 
 ESTIMATOR_CONFIGS = {name: _config_of(name, estimator) for name, estimator in ESTIMATORS.items()}
 """Config dataclass by estimator: ``type`` and the estimator's own fields."""
 
-HypergradientConfig = Annotated[Union[tuple(ESTIMATOR_CONFIGS.values())], Discriminator("type")]  # noqa: UP007
+HypergradientConfig = Annotated[Union[tuple(ESTIMATOR_CONFIGS.values())], Discriminator("type")]  # noqa: UP007  # ty: ignore[invalid-type-form]
 """How upper levels differentiate through a lower one; ``type`` says which of :data:`ESTIMATOR_CONFIGS`."""
 
 UNIONS = {"engine": ENGINE_CONFIGS, "hypergradient": ESTIMATOR_CONFIGS}
@@ -202,7 +202,7 @@ class RunConfig:
     output_dir: str
     seed: int = 0
     num_processes: int | None = None
-    engine: EngineConfig = field(default_factory=AutoConfig)  # type: ignore[valid-type]
+    engine: EngineConfig = field(default_factory=AutoConfig)
     nonfinite: Literal["raise", "skip"] = "raise"
     memory: MemoryConfig = None
     plan: bool = True

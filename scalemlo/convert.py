@@ -153,7 +153,7 @@ def _write_model(weights: CheckpointWeights, level: str, base: str, folder: str 
     config = transformers.AutoConfig.from_pretrained(base)
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", None)
-    if model_class is None:
+    if architecture is None or model_class is None:
         raise ValueError(
             f"base {base!r}: its config.json names the architecture {architecture!r}, not in transformers."
         )

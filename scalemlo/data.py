@@ -33,7 +33,10 @@ class BatchStream:
     def __init__(self, data: Iterable, *, level: str, device: torch.device, seed: int):
         self._level, self._device = level, device
         self._sliced = True
-        self._data = data
+        self._data: Any = data  # iterable; what else it can do is asked
+        # Iterable Hugging Face datasets begin every epoch where the last `load_state_dict` put them.
+        goes_back = _is_stateful(data) and type(data).__module__.startswith("datasets.")
+        self._beginning = deepcopy(self._data.state_dict()) if goes_back else None
         self._samplers = _samplers(data)
         if isinstance(data, DataLoader):
             _check_length(data, level)
@@ -42,9 +45,6 @@ class BatchStream:
                 self._sliced = False
             elif world_size() > 1 and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
                 self._data, self._sliced = _rank_loader(data, level), False
-        # Iterable Hugging Face datasets begin every epoch where the last `load_state_dict` put them.
-        goes_back = _is_stateful(data) and type(data).__module__.startswith("datasets.")
-        self._beginning = deepcopy(data.state_dict()) if goes_back else None  # type: ignore[attr-defined]
         self._iterator: Iterator | None = None
         self._position = 0  # batches taken in this epoch
         self._at_start: list[Tensor] = []  # states of the shuffling generators when the epoch began
@@ -61,13 +61,14 @@ class BatchStream:
 
     def _next_global(self) -> Any:
         for _ in range(2):
-            if self._iterator is None:
+            iterator = self._iterator
+            if iterator is None:
                 self.epoch += 1
                 if self._beginning is not None:
-                    self._data.load_state_dict(deepcopy(self._beginning))  # type: ignore[attr-defined]
-                self._begin_epoch(self._data)
+                    self._data.load_state_dict(deepcopy(self._beginning))
+                iterator = self._begin_epoch(self._data)
             try:
-                batch = next(self._iterator)  # type: ignore[arg-type]
+                batch = next(iterator)
                 self._position += 1
                 return batch
             except StopIteration:
@@ -79,12 +80,13 @@ class BatchStream:
             "Give a DataLoader or a list instead of a generator."
         )
 
-    def _begin_epoch(self, data: Iterable) -> None:
+    def _begin_epoch(self, data: Iterable) -> Iterator:
         for sampler in self._samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)
         self._position, self._at_start = 0, [g.get_state() for g in self._generators()]
         self._iterator = iter(data)
+        return self._iterator
 
     def _generators(self) -> list[torch.Generator]:
         """Where shuffling draws from, each once."""
@@ -105,7 +107,7 @@ class BatchStream:
             "position": self._position,
             "has_begun": self._iterator is not None,
             "generators": [g.get_state() for g in self._generators()] if self._iterator is None else self._at_start,
-            "data": self._data.state_dict() if _is_stateful(self._data) else None,  # type: ignore[attr-defined]
+            "data": self._data.state_dict() if _is_stateful(self._data) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,16 +134,15 @@ class BatchStream:
         self._iterator, position = None, state["position"]
         keeps_position = state["data"] is not None and _is_stateful(self._data)
         if keeps_position:
-            self._data.load_state_dict(state["data"])  # type: ignore[attr-defined]
+            self._data.load_state_dict(state["data"])
         if not state["has_begun"]:
             return
         if keeps_position:
             self._begin_epoch(self._data)
         elif _has_plain_batches(self._data):
-            self._begin_epoch(_with_batches(self._data, _Skipping(self._data.batch_sampler, position)))  # type: ignore[attr-defined]
+            self._begin_epoch(_with_batches(self._data, _Skipping(self._data.batch_sampler, position)))
         else:
-            self._begin_epoch(self._data)
-            for _ in islice(self._iterator, position):  # type: ignore[arg-type]
+            for _ in islice(self._begin_epoch(self._data), position):
                 pass
         self._position = position
 
@@ -233,7 +234,7 @@ def _part(size: int, level: str) -> slice:
 class _RankBatches:
     """The batch sampler of one rank: its part of each batch of another batch sampler."""
 
-    def __init__(self, batches: Iterable, level: str):
+    def __init__(self, batches: Any, level: str):
         self._batches, self._level = batches, level
 
     def __iter__(self) -> Iterator[list]:
@@ -242,7 +243,7 @@ class _RankBatches:
             yield indices[_part(len(indices), self._level)]
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+        return len(self._batches)
 
 
 class _Skipping:
@@ -256,20 +257,20 @@ class _Skipping:
 
 
 def _rank_loader(loader: DataLoader, level: str) -> DataLoader:
-    sampler = loader.batch_sampler
+    sampler: Any = loader.batch_sampler
     if isinstance(sampler, BatchSampler):
-        size, total = sampler.batch_size, len(sampler.sampler)  # type: ignore[arg-type]
+        size, total = sampler.batch_size, len(sampler.sampler)
         _part(size, level)
         if not sampler.drop_last and total % size:
             _part(total % size, level)  # the last batch of an epoch, found out now instead of after an epoch
-    return _with_batches(loader, _RankBatches(sampler, level))  # type: ignore[arg-type]
+    return _with_batches(loader, _RankBatches(sampler, level))
 
 
 def _with_batches(loader: DataLoader, batch_sampler: Iterable) -> DataLoader:
     """The same loader over other batches."""
     return DataLoader(
         loader.dataset,
-        batch_sampler=batch_sampler,  # type: ignore[arg-type]
+        batch_sampler=batch_sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -283,11 +284,12 @@ def _with_batches(loader: DataLoader, batch_sampler: Iterable) -> DataLoader:
 
 
 def _check_length(loader: DataLoader, level: str) -> None:
-    if isinstance(loader.dataset, IterableDataset):
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
         return
     if len(loader) == 0:
         raise ValueError(
-            f"level {level!r}: data is empty: {len(loader.dataset)} example(s) with batch size {loader.batch_size} and "  # type: ignore[arg-type]
+            f"level {level!r}: data is empty: {len(dataset)} example(s) with batch size {loader.batch_size} and "
             f"drop_last={loader.drop_last} give no batch."
         )
 

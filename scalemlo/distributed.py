@@ -35,8 +35,9 @@ def is_main_process() -> bool:
 
 def default_device() -> torch.device:
     """The accelerator of this process (``LOCAL_RANK`` picks it), or the CPU."""
-    if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
-        return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+        return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 

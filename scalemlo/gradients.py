@@ -198,15 +198,16 @@ class TickGradients:
         self, v: Shards, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]
     ) -> dict[str, Shards]:
         """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
-        problem = lower.asked_by(level, uppers)
-        if self._takes_products(lower):
+        problem, estimator = lower.asked_by(level, uppers), lower.estimator
+        if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator):
             with self.phase(lower, "solve", level):
-                result = lower.estimator.solve(v, problem)
-            found = {n: -x for n, x in self._gradient_with_products(lower, result.value, uppers).items()}
+                result = estimator.solve(v, problem)
+            products = self._gradient_with_products(lower, result.value, uppers, estimator.mixed == "ghost")
+            found = {n: -x for n, x in products.items()}
         else:
             with self.phase(lower, "hypergradient", level):
-                found, result = lower.estimator.pull_back(v, problem)
-            if isinstance(lower.estimator, ImplicitHypergradient) and lower.estimator.chooses_method:
+                found, result = estimator.pull_back(v, problem)
+            if isinstance(estimator, ImplicitHypergradient) and estimator.chooses_method:
                 self.note(f"ghost/{lower.name}", 0.0)
         self._note_solve(lower, result)
         if result.pull is not None:
@@ -214,11 +215,8 @@ class TickGradients:
             self._pulls.setdefault(lower.name, []).append(result.pull)
         return found
 
-    def _takes_products(self, lower: LevelTrainer) -> bool:
+    def _takes_products(self, lower: LevelTrainer, estimator: ImplicitHypergradient) -> bool:
         """Whether to try ghost products: always where asked for, by default where they may apply and save a pass."""
-        estimator = lower.estimator
-        if not isinstance(estimator, ImplicitHypergradient):
-            return False
         return estimator.mixed == "ghost" or (
             estimator.chooses_method
             and lower.name not in self._without_products
@@ -227,7 +225,7 @@ class TickGradients:
         )
 
     def _gradient_with_products(
-        self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]
+        self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer], is_asked_for: bool
     ) -> dict[str, Shards]:
         """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step.
 
@@ -237,8 +235,7 @@ class TickGradients:
         Raises:
             DerivativeError: Where products were asked for and cannot be had.
         """
-        name, is_asked_for = lower.name, lower.estimator.mixed == "ghost"
-        ghost = GhostProducts(lower.block, v)
+        name, ghost = lower.name, GhostProducts(lower.block, v)
         try:
             with self.phase(lower, "gradient and mixed partial"):
                 result = lower.compute_gradient([lower, *uppers], ghost=ghost)
@@ -259,7 +256,7 @@ class TickGradients:
             mixed = self._forward_mixed(lower, v, uppers)
         elif name not in self._verified:
             expected = self._forward_mixed(lower, v, uppers)
-            is_good = self._verify(lower, mixed, expected)
+            is_good = self._verify(lower, mixed, expected, is_asked_for)
             mixed = mixed if is_good else expected
         # A first gradient also notes which parameters of the levels above the loss reaches: only a good pass shows it.
         may_keep = is_good or name in self._probed
@@ -273,7 +270,9 @@ class TickGradients:
         with self.phase(lower, "hypergradient"):
             return lower.compute_mixed(v, uppers, "forward")
 
-    def _verify(self, lower: LevelTrainer, found: dict[str, Shards], expected: dict[str, Shards]) -> bool:
+    def _verify(
+        self, lower: LevelTrainer, found: dict[str, Shards], expected: dict[str, Shards], is_asked_for: bool
+    ) -> bool:
         """Compare the first products with the forward derivative; False where they must not be used.
 
         Raises:
@@ -286,7 +285,7 @@ class TickGradients:
             self._verified.add(lower.name)
             return True
         message = f"level {lower.name!r}: {disagreement(error, limit)}"
-        if lower.estimator.mixed == "ghost":
+        if is_asked_for:
             raise DerivativeError(f"{message}. Use mixed='forward', which has no such condition.")
         self._without_products[lower.name] = message
         if is_main_process():

@@ -5,15 +5,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 from .level import Level
 
 
-class Upper:
+class Upper(Any):  # to type checkers what a loss reads, a module, has any attribute
     """Annotation of a loss parameter: that level stands above this one, whatever the order in the program."""
 
 
-class Lower:
+class Lower(Any):
     """Annotation of a loss parameter: that level stands below this one, whatever the order in the program."""
 
 

@@ -132,10 +132,12 @@ class Program:
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} must be an integer of at least 1.")
-        if resume is True and checkpoint is None:
-            raise ValueError("resume=True needs checkpoint=Checkpointing(folder), or give a path: resume='runs/a'.")
+        if resume is True:
+            if checkpoint is None:
+                raise ValueError("resume=True needs checkpoint=Checkpointing(folder), or give a path: resume='runs/a'.")
+            resume = checkpoint.folder
         if resume is not False:
-            self.load(checkpoint.folder if resume is True else resume)  # type: ignore[union-attr]
+            self.load(resume)
             steps -= self.num_steps
         if checkpoint is not None:
             checkpoint.check_folder(self.num_steps)

@@ -34,7 +34,8 @@ class Ranks:
         """
         if world_size() == 1:
             return action()
-        error, value = None, None
+        error: Exception | None = None
+        value: Any = None
         try:
             value = action()
         except Exception as caught:
@@ -46,7 +47,7 @@ class Ranks:
         for other, message in enumerate(everyone):
             if message is not None:
                 raise ValueError(f"on rank {other}: {message}")
-        return value  # type: ignore[return-value]
+        return value
 
     def on_main(self, action: Callable[[], T]) -> T | None:
         """:meth:`together`, where only rank 0 has something to do."""
@@ -63,7 +64,8 @@ class Ranks:
     def scatter(self, values: Sequence[T] | None) -> T:
         """One value for each rank, from rank 0."""
         if world_size() == 1:
-            return values[0]  # type: ignore[index]
+            assert values is not None, "rank 0 gives them"
+            return values[0]
         mine: list[Any] = [None]
         dist.scatter_object_list(mine, list(values) if values is not None else None, group=self.group)
         return mine[0]

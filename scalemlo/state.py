@@ -207,7 +207,8 @@ def own(program: "Program") -> dict[str, Any]:
         Plain containers and tensors.
     """
     on_torch = RNGState.capture(program.device)
-    kind, keys, *rest = np.random.get_state()
+    on_numpy: Any = np.random.get_state()
+    kind, keys, *rest = on_numpy
     return {
         "random": {
             "python": random.getstate(),

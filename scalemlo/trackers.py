@@ -129,7 +129,8 @@ class TrackWith(AbstractContextManager):
         self._finish()
 
     def _start(self, name: str) -> GeneralTracker:
-        cls, options = LOGGER_TYPE_TO_CLASS[name], dict(self._options.get(name, {}))
+        cls: Any = LOGGER_TYPE_TO_CLASS[name]  # each takes options of its own
+        options = dict(self._options.get(name, {}))
         if cls.requires_logging_directory:
             tracker = cls(self._run_name, self._folder, **options)
         else:

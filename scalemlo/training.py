@@ -264,9 +264,23 @@ class Asked:
     def __init__(self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]):
         self.memory = lower.memory.setdefault(level.name, {})
         self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block
-        self.weights, self.gradient = lower.weights, lower.gradient
-        self.optimizer_state, self.parameter_group = lower.optimizer_state, lower.parameter_group
         self._lower, self._level, self._uppers = lower, level, uppers
+
+    def weights(self) -> Shards:
+        """Local weights of the level."""
+        return self._lower.weights()
+
+    def gradient(self) -> tuple[Shards, float]:
+        """The clipped gradient of the level's next step and the clipping factor."""
+        return self._lower.gradient()
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        """State of one parameter as local shards."""
+        return self._lower.optimizer_state(name)
+
+    def parameter_group(self, name: str) -> Mapping[str, Any]:
+        """The parameter group that holds a parameter."""
+        return self._lower.parameter_group(name)
 
     @property
     def uppers(self) -> dict[str, ParameterBlock]:

@@ -40,7 +40,7 @@ class _Saved:
         self._weights = trainer.weights().clone()
         self._states = {p: _copied(dict(state)) for p, state in trainer.optimizer.state.items()}
         self._options = [_copied({k: v for k, v in g.items() if k != "params"}) for g in trainer.optimizer.param_groups]
-        self._scheduler = None if trainer.scheduler is None else copy.deepcopy(trainer.scheduler.state_dict())
+        self._scheduler = {} if trainer.scheduler is None else copy.deepcopy(trainer.scheduler.state_dict())
         self._scaler = copy.copy(trainer.scaler)
         self._memory = {level: dict(kept) for level, kept in trainer.memory.items()}
         self._num_steps, self._trajectory = trainer.num_steps, trainer.trajectory

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -126,7 +126,8 @@ class _Watch(threading.Thread):
         self._interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / 4)
         self._thread = threading.get_ident()
         self._rank, self._world_size = rank(), world_size()
-        self._store = dist.group.WORLD.get_group_store().clone()  # the main thread may be waiting inside its own
+        group: Any = dist.group.WORLD
+        self._store = group.get_group_store().clone()  # the main thread may be waiting inside its own
         self._store.set_timeout(_STORE_TIMEOUT)
         self._stopped = threading.Event()
 

@@ -90,7 +90,7 @@ def _unpacked(file: Path, device: torch.device) -> dict[str, Any]:
         return torch.load(
             file,
             weights_only=True,
-            map_location=lambda storage, where: storage if where == "cpu" else storage.to(device=device),
+            map_location=lambda storage, where: storage if where == "cpu" else storage.to(device=device),  # ty: ignore[missing-attribute]
         )
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}). {older(file.parent)}") from error

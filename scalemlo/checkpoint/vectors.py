@@ -4,6 +4,7 @@ Every rank writes the pieces it holds, cut into chunks, and reads the entries it
 """
 
 import io
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def write_vectors(folder: Path, pieces: Mapping[str, Piece], ranks: Ranks) -> di
     divided, metadata = ranks.on_main(divide) or (None, None)
     plan = planner.finish_plan(ranks.scatter(divided))
     results = ranks.gather(ranks.together(lambda: writer.write_data(plan, planner).wait()))
-    ranks.on_main(lambda: writer.finish(metadata, results))
+    ranks.on_main(lambda: writer.finish(metadata, results))  # ty: ignore[invalid-argument-type]  # rank 0 has it
     return writer.entries()
 
 
@@ -74,8 +75,9 @@ class _Planner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The entries of a chunk."""
-        piece, chunk = self._pieces[write_item.index.fqn], write_item.tensor_data.chunk  # type: ignore[union-attr]
-        return piece.flat.narrow(0, chunk.offsets[0] - piece.start, chunk.sizes[0])
+        piece, data = self._pieces[write_item.index.fqn], write_item.tensor_data
+        assert data is not None, "every chunk has some"
+        return piece.flat.narrow(0, data.chunk.offsets[0] - piece.start, data.chunk.sizes[0])
 
 
 def _chunks(name: str, piece: Piece) -> Iterator[WriteItem]:
@@ -90,6 +92,8 @@ def _chunks(name: str, piece: Piece) -> Iterator[WriteItem]:
 
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, summing what it writes."""
+
+    fs: "_SummingFileSystem"
 
     def __init__(self, folder: Path):
         super().__init__(folder, sync_files=True)
@@ -163,7 +167,7 @@ class VectorFiles:
             return  # no chunk, and of an empty vector no entry, was written
         stop, num_read = start + out.numel(), 0
         entry = self._entry(name)
-        row_numel = entry.size[1:].numel()
+        row_numel = math.prod(entry.size[1:])
         for chunk in entry.chunks:
             first = chunk.offsets[0] * row_numel if chunk.offsets else 0
             begin, end = max(start, first), min(stop, first + chunk.sizes.numel())
@@ -177,7 +181,9 @@ class VectorFiles:
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._metadata.state_dict_metadata:
             raise ValueError(f"{self._folder} has no {name!r}.")
-        return self._metadata.state_dict_metadata[name]  # type: ignore[return-value]
+        entry = self._metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata), "read_metadata lets nothing else pass"
+        return entry
 
     def _content(self, index: MetadataIndex) -> Tensor:
         place = self._metadata.storage_data[index]

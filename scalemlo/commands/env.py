@@ -66,10 +66,10 @@ def _devices() -> dict[str, str]:
 
     backends = [name for name in ("gloo", "nccl", "mpi", "xccl", "ucc") if dist.is_backend_available(name)]
     found = {"torch built for": _built_for(), "distributed backends": ", ".join(backends)}
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return found | {"accelerator": "none"}
-    kind = torch.accelerator.current_accelerator().type
-    module = torch.get_device_module(kind)
+    kind, module = accelerator.type, torch.get_device_module(accelerator)
     for index in range(torch.accelerator.device_count()):
         properties = module.get_device_properties(index)
         found[f"{kind}:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"

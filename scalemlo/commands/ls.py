@@ -16,7 +16,7 @@ def run(options: Namespace) -> int:
 
     files = packaged("configs")
     for name, recipe in RECIPES.items():
-        own = [stem for stem, path in files.items() if OmegaConf.load(path).get("recipe") == name]
+        own = [stem for stem, path in files.items() if OmegaConf.select(OmegaConf.load(path), "recipe") == name]
         print(f"{name}\n  {recipe.description}\n  paper    {recipe.paper}\n  configs  {', '.join(own) or 'none'}")
     print("\nscalemlo cp CONFIG copies one here; scalemlo train CONFIG.yaml runs it.")
     return 0

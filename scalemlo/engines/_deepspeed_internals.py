@@ -68,7 +68,7 @@ def step_local_shards(optimizer: torch.optim.Optimizer) -> None:
     """
     kernel = getattr(optimizer, "ds_opt_adam", None)
     if kernel is not None:
-        optimizer.ds_opt_adam = _OnLocalShards(kernel)  # type: ignore[attr-defined]
+        optimizer.ds_opt_adam = _OnLocalShards(kernel)  # ty: ignore[missing-attribute]
 
 
 class _OnLocalShards:
@@ -103,7 +103,7 @@ def _partitioning_optimizer() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     choose = DeepSpeedEngine._do_optimizer_sanity_check
-    DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda self, basic_optimizer: ZERO_OPTIMIZATION
     try:
         yield
     finally:
@@ -351,7 +351,7 @@ class Stages1And2(Partition):
     def _clear_offloaded(self) -> None:
         """All micro-batches add to zero, see :meth:`Stage3.clear`."""
         optimizer = self._optimizer
-        for t in [*optimizer.accumulated_grads_in_cpu.values(), *(master.grad for master in self.masters)]:
+        for t in [*optimizer.accumulated_grads_in_cpu.values(), *map(self._gradient, self._groups)]:
             t.zero_()
         optimizer._offload_accumulated_param_ids.clear()
         optimizer.micro_step_id = 1

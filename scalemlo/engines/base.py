@@ -90,7 +90,7 @@ class ParameterBlock:
 
     def vector(self, tensors: Mapping[str, Tensor | None]) -> Shards:
         """A vector over these parameters; None entries become zeros."""
-        filled = {n: torch.zeros_like(self.engine.local(n)) if tensors[n] is None else tensors[n] for n in self.names}
+        filled = {n: torch.zeros_like(self.engine.local(n)) if (t := tensors[n]) is None else t for n in self.names}
         return Shards(filled, self.engine.group)
 
 

@@ -135,7 +135,7 @@ class DeepSpeedEngine(ShardedEngine):
             del self.module.forward  # the method may call the module
             return bound(*args, **kwargs)
 
-        self.module.forward = forward  # type: ignore[method-assign]
+        self.module.forward = forward
         try:
             return self.module(*args, **kwargs)
         finally:

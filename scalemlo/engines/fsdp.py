@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..distributed import ensure_group, rank, world_size
@@ -110,12 +110,13 @@ class FSDPEngine(ShardedEngine):
 
     def _reshard(self) -> None:
         for m in self.module.modules():
-            if hasattr(m, "reshard"):  # a root that stayed gathered would hide the next change of its shards
+            if isinstance(m, FSDPModule):  # a root that stayed gathered would hide the next change of its shards
                 m.reshard()
 
     def from_local(self, name: str, t: Tensor) -> Tensor:
         """See :meth:`Engine.from_local`."""
         p = self._parameters[name]
+        assert isinstance(p, DTensor), "listed while sharded"
         return DTensor.from_local(t, self._mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False)
 
 
@@ -126,7 +127,7 @@ def _cast_inputs(module: nn.Module, dtype: torch.dtype) -> None:
         args, kwargs = cast((args, kwargs), dtype)
         return forward(*args, **kwargs)
 
-    module.forward = forward_in_compute_dtype  # type: ignore[method-assign]
+    module.forward = forward_in_compute_dtype
 
 
 def _broadcast_from_first_rank(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ They are each other's adjoint, so every derivative of either, in either mode and
 dual numbers both parts travel in one collective.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class RowSharding:
     @property
     def row_numel(self) -> int:
         """Entries per row."""
-        return self.shape[1:].numel()
+        return math.prod(self.shape[1:])
 
     @property
     def padded_numel(self) -> int:

@@ -31,8 +31,8 @@ def find_units(module: nn.Module, class_names: Sequence[str] | None, level: str)
         )
     if found:
         return found
-    lists = [n for n, m in module.named_modules() if n and isinstance(m, nn.ModuleList)]
-    members = {f"{n}.{i}": m for n in _outermost(lists) for i, m in enumerate(list(module.get_submodule(n)))}  # type: ignore[arg-type]
+    lists = {n: m for n, m in module.named_modules() if n and isinstance(m, nn.ModuleList)}
+    members = {f"{n}.{i}": m for n in _outermost(lists) for i, m in enumerate(lists[n])}
     first = {id(m): name for name, m in reversed(members.items())}  # a block that occurs twice is one unit
     return [n for n, m in members.items() if first[id(m)] == n and any(True for _ in m.parameters())]
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from .. import distributed
 from ..engines import EngineSpec
@@ -65,6 +66,8 @@ class MLOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]
 
+    if TYPE_CHECKING:  # transformers has put a name in the place of None
+        output_dir: str = ""  # ty: ignore[incompatible-mutable-override]
     optim: str = "adamw_torch"
     dataloader_drop_last: bool = True
     logging_steps: float = 10
@@ -137,7 +140,7 @@ class MLOConfig(TrainingArguments):
             ValueError: If its name or an option is unknown.
         """
         given: Any = self.hypergradient
-        options = self.hypergradient_options
+        options: Any = self.hypergradient_options  # a dict: __post_init__ has read it
         if isinstance(given, Hypergradient):
             if options:
                 raise ValueError(f"hypergradient_options={options!r}: put them into hypergradient={given!r}.")
@@ -158,16 +161,17 @@ class MLOConfig(TrainingArguments):
 
     def build_optimizer(self) -> partial:
         """A function from parameters to the fine-tuned model's optimizer."""
-        return optimizer_of(str(self.optim.value), self.learning_rate, self)
+        return optimizer_of(OptimizerNames(self.optim).value, self.learning_rate, self)
 
     def build_scheduler(self, num_steps: int) -> partial:
         """A function from an optimizer to its schedule over a number of steps."""
+        options: Any = self.lr_scheduler_kwargs  # a dict or None: __post_init__ has read it
         return partial(
             get_scheduler,
             self.lr_scheduler_type,
             num_warmup_steps=self.get_warmup_steps(num_steps),
             num_training_steps=num_steps,
-            scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=options,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,7 +284,9 @@ def optimizer_of(name: str, learning_rate: float, args: MLOConfig, weight_decay:
     Returns:
         The function.
     """
-    common = dict(lr=learning_rate, weight_decay=args.weight_decay if weight_decay is None else weight_decay)
+    common: dict[str, Any] = dict(
+        lr=learning_rate, weight_decay=args.weight_decay if weight_decay is None else weight_decay
+    )
     if name != "sgd":
         common |= dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
     return partial(OPTIMIZERS[name], **common)

@@ -48,8 +48,10 @@ def choose_engine(args: Any) -> EngineSpec:
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     if isinstance(args.engine, EngineSpec):
         clash = [f for f in ("fsdp", "deepspeed") if getattr(args, f)]
-        if clash or dtype not in (None, args.engine.dtype):
-            field = clash[0] if clash else dtype
+        if dtype is not None and dtype != args.engine.dtype:
+            clash.append(dtype)
+        if clash:
+            field = clash[0]
             raise ValueError(
                 f"{field}={getattr(args, field)!r} and engine={args.engine!r} are both given; say it in the engine."
             )

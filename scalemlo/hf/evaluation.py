@@ -93,7 +93,7 @@ def run_over(
         Losses, predictions and labels.
     """
     if predictions is not None and hasattr(collate, "trim_labels"):
-        collate.trim_labels = False  # labels in the shape of the logits
+        collate.trim_labels = False  # ty: ignore[invalid-assignment]  # labels in the shape of the logits
     positions = iter(_my_batches(len(dataset), batch_size))
     with program.inference(level) as view:
         model = Recorder(view)

@@ -79,7 +79,7 @@ class Hub:
     def _upload(self, folder: str | Path, message: str, blocking: bool, **options: Any) -> Any:
         api, repository = self._api()
         options.setdefault("revision", self._args.hub_revision)
-        result = api.upload_folder(
+        result: Any = api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message=message, run_as_future=not blocking, **options
         )
         if not blocking:

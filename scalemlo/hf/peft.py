@@ -31,6 +31,9 @@ class GatedLinear(SVDLinear):
     multiplies with e itself, which starts at zero: nothing reaches A and B until it has moved.
     """
 
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+
     def gates(self) -> Tensor:
         """``softmax(e)``, ``[r, 1]``."""
         return self.lora_E[ADAPTER].softmax(dim=0)
@@ -138,15 +141,18 @@ def direction_orthogonality(layer: LoraLayer) -> Tensor:
     The norm is differentiated here; in DoRA's forward it is a constant. BiDoRA (arXiv:2410.09758) calls it Gram
     regularisation. Costs a product ``[out, in] x [in, out]`` per layer.
     """
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    weight = transpose(layer.get_base_layer().weight, getattr(layer, "fan_in_fan_out", False)).to(a.dtype)
+    a: Any = layer.lora_A[ADAPTER].weight  # [r, in]
+    b: Any = layer.lora_B[ADAPTER].weight  # [out, r]
+    frozen: Any = layer.get_base_layer().weight
+    weight = transpose(frozen, getattr(layer, "fan_in_fan_out", False)).to(a.dtype)
     direction = nn.functional.normalize(weight + layer.scaling[ADAPTER] * (b @ a), dim=1)  # [out, in]
     return torch.linalg.norm(direction @ direction.T - _identity(direction))
 
 
 def factor_orthogonality(layer: AdaLoraLayer) -> Tensor:
     """How far singular vectors P = ``lora_B``, Q = ``lora_A`` are from it: ``|P^T P - I|_F^2 + |Q Q^T - I|_F^2``."""
-    p, q = layer.lora_B[ADAPTER].T, layer.lora_A[ADAPTER]  # [r, out], [r, in]
+    p: Any = layer.lora_B[ADAPTER].T  # [r, out]
+    q: Any = layer.lora_A[ADAPTER]  # [r, in]
     return sum(((f @ f.T - _identity(f)).square().sum() for f in (p, q)), start=q.new_zeros(()))
 
 
@@ -160,6 +166,8 @@ class _Block(nn.Module):
     Sharded weights are whole only while their block runs, so the term must be computed by a call of the block.
     """
 
+    _term: Callable[[Any], Tensor]
+
     def forward(self, *args: Any, orthogonality: bool = False, **kwargs: Any) -> Any:
         if not orthogonality:
             return super().forward(*args, **kwargs)
@@ -169,6 +177,9 @@ class _Block(nn.Module):
 
 class _Model(nn.Module):
     """Mixed into the model."""
+
+    _term: Callable[[Any], Tensor]
+    _blocks: tuple[str, ...]
 
     def orthogonality(self) -> Tensor:
         """Mean of the term over all adapters."""

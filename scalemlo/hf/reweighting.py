@@ -35,6 +35,8 @@ class ExampleWeights(nn.Module):
         present: Numbers of the examples that exist; given, weights are divided by the mean over these.
     """
 
+    present: Tensor | None
+
     def __init__(self, num_examples: int, present: Tensor | None = None):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_examples))
@@ -54,6 +56,8 @@ class DomainWeights(nn.Module):
     Args:
         shares: Share q_d of the training set that is of domain d, ``[K]``.
     """
+
+    shares: Tensor
 
     def __init__(self, shares: Tensor):
         super().__init__()

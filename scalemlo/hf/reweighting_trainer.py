@@ -62,6 +62,7 @@ class ReweightingTrainer(MLOTrainer):
         ValueError: If a data set is missing, empty or without length, a column is, or the model cannot be trained.
     """
 
+    args: ReweightingConfig  # ty: ignore[incompatible-mutable-override]
     level_prefixes = {"rater": "meta_loss"}
 
     def __init__(
@@ -89,14 +90,15 @@ class ReweightingTrainer(MLOTrainer):
                     "meta_dataset, a small set of examples that the model should do well on."
                 )
         torch.manual_seed(args.seed)
+        model_options: Any = args.model_init_kwargs  # like other dicts, read by __post_init__
         if isinstance(model, str):
-            model, tokenizer = load_model(model, args.model_init_kwargs, is_frozen=peft_config is not None)
+            model, tokenizer = load_model(model, model_options, is_frozen=peft_config is not None)
             processing_class = processing_class or tokenizer
-        elif args.model_init_kwargs:
-            raise ValueError(f"model_init_kwargs={args.model_init_kwargs!r} has no effect: model is a module already.")
+        elif model_options:
+            raise ValueError(f"model_init_kwargs={model_options!r} has no effect: model is a module already.")
         self.args, self.processing_class, self._collate, self._losses = args, processing_class, data_collator, losses
         hypergradient = args.build_hypergradient()
-        checkpointing = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+        checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
         model = made_ready(model, peft_config, hypergradient, checkpointing)
         domains = {"domain_column": args.domain_column} if args.domain_column is not None else {}
         self._source = train_dataset
@@ -232,7 +234,8 @@ class ReweightingTrainer(MLOTrainer):
         """``example_id`` of every row of the source, as ``prepare_dataset`` gives them."""
         source, size = self._source, len(self._source)
         columns = getattr(source, "column_names", None) or getattr(source, "columns", None)
-        named = self.args.dataset_options.get("column_names", {}).get("example_id", "example_id")
+        options: Any = self.args.dataset_options
+        named = options.get("column_names", {}).get("example_id", "example_id")
         has_ids = named in (columns if columns is not None else source[0])
         if not has_ids:
             return list(range(size))

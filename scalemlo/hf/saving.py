@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -51,7 +52,7 @@ def save_pretrained(
         try:
             if not is_main_process():
                 return
-            if is_adapter:
+            if isinstance(module, PeftModel):
                 _write_adapter(module, tensors, Path(folder))
             else:
                 write_model(tensors, folder, max_shard_bytes)
@@ -99,11 +100,11 @@ def write_config(
 
 
 def _write_adapter(module: PeftModel, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    files = WeightFiles(folder, "adapter_model")
-    for name, tensor in get_peft_model_state_dict(module, state_dict=dict(tensors)).items():
+    files, adapter = WeightFiles(folder, "adapter_model"), cast(str, module.active_adapter)
+    for name, tensor in get_peft_model_state_dict(module, state_dict=dict(tensors), adapter_name=adapter).items():
         files.add(name, tensor)
     files.finish()
-    config = deepcopy(module.peft_config[module.active_adapter])
+    config = deepcopy(module.peft_config[adapter])
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

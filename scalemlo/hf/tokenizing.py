@@ -72,7 +72,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None =
             )
         logger.info("the tokenizer has no pad token; its eos_token (%s) is used", tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
-    return int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    return int(tokenizer.pad_token_id)
 
 
 @dataclass

@@ -8,12 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput, has_length, speed_metrics
+from transformers.trainer_utils import (
+    EvalPrediction,
+    IntervalStrategy,
+    SaveStrategy,
+    TrainOutput,
+    has_length,
+    speed_metrics,
+)
+from transformers.utils import logging as transformers_logging
 
 from ..level import Level
 from ..listener import Listener
@@ -89,14 +96,15 @@ class MLOTrainer(Evaluates, Saves):
         model_level: str | None,
     ) -> None:
         self.args, self.processing_class = args, processing_class
-        transformers.utils.logging.set_verbosity(args.get_process_log_level())
+        transformers_logging.set_verbosity(args.get_process_log_level())
         self.compute_metrics, self._preprocess = compute_metrics, preprocess_logits_for_metrics
         self._collate, self._losses = data_collator, losses
         self.eval_dataset = self._prepared_eval(eval_dataset)
         if args.eval_strategy != "no" and self.eval_dataset is None:
-            raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs eval_dataset.")
+            raise ValueError(f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} needs eval_dataset.")
+        nonfinite: Any = args.nonfinite  # the program checks it
         self.program = Program(
-            levels, engine=args.build_engine(), seed=args.seed, nonfinite=args.nonfinite, device=args.device
+            levels, engine=args.build_engine(), seed=args.seed, nonfinite=nonfinite, device=args.device
         )
         self.model_level = self.program.graph.order[-1] if model_level is None else model_level
         if self.model_level not in self.program.trainers:
@@ -114,7 +122,7 @@ class MLOTrainer(Evaluates, Saves):
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Any:  # ty: ignore[incompatible-property-override]
         """The module of the model's level; its parameters may be sharded."""
         return self.program.trainers[self.model_level].engine.module
 

@@ -34,7 +34,7 @@ class Evaluates:
     _losses: Losses | None
     _preprocess: Callable | None
     _event: Callable[..., None]
-    log: Callable[[dict[str, float]], None]
+    log: Callable[..., None]
     _last_metrics: Mapping[str, float] = {}
 
     def _prepared_eval(self, dataset: Any) -> Any:
@@ -53,7 +53,8 @@ class Evaluates:
                 f"processing_class ({type(self.processing_class).__name__}) has no pad token, so that batches cannot "
                 "be padded: set tokenizer.pad_token = tokenizer.eos_token, say."
             )
-        options = {"max_length": self.args.max_length} | self.args.dataset_options | options
+        general: Any = self.args.dataset_options
+        options = {"max_length": self.args.max_length} | general | options
         return prepare_dataset(dataset, self.processing_class, name=name, **options)
 
     def _task_of(self, dataset: Any) -> tuple[Callable, Losses]:
@@ -91,11 +92,12 @@ class Evaluates:
             self._last_metrics = metrics
             return metrics
         wants_predictions = self.compute_metrics is not None and not self.args.prediction_loss_only
-        output = self._run_over(dataset, metric_key_prefix, wants_predictions=wants_predictions)
-        self.log(output.metrics)
-        self._event("on_evaluate", metrics=output.metrics)
-        self._last_metrics = output.metrics
-        return output.metrics
+        found = self._run_over(dataset, metric_key_prefix, wants_predictions=wants_predictions).metrics
+        assert found is not None, "there is always a loss"
+        self.log(found)
+        self._event("on_evaluate", metrics=found)
+        self._last_metrics = found
+        return found
 
     def predict(self, test_dataset: Any, *, metric_key_prefix: str = "test") -> PredictionOutput:
         """Logits and labels of all examples, and metrics. Collective.
@@ -114,7 +116,7 @@ class Evaluates:
     def _run_over(self, dataset: Any, prefix: str, *, wants_predictions: bool) -> PredictionOutput:
         start, size = time.time(), self.args.per_device_eval_batch_size
         collate, losses = self._task_of(dataset)
-        output = run_over(
+        output: Any = run_over(  # transformers' types lack that predictions may be None
             self.program,
             self.model_level,
             dataset,

@@ -91,7 +91,7 @@ def _adapted(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
         return get_peft_model(model, peft_config)
 
 
-def _checkpoint_activations(model: nn.Module, options: Mapping[str, Any]) -> None:
+def _checkpoint_activations(model: Any, options: Mapping[str, Any]) -> None:
     if not hasattr(model, "activation_checkpointing_enable"):
         raise ValueError(
             f"activation_checkpointing=True: {type(model).__name__} has no activation_checkpointing_enable."

@@ -11,12 +11,13 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, trainer_pt_utils
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..distributed import is_main_process, world_size
 from ..program import Program
 from ..ranks import Ranks
+from .callbacks import MLOCallbackHandler
 from .config import MLOConfig
 from .hub import Hub
 from .model_card import model_card
@@ -35,7 +36,7 @@ class Saves:
     model: Any
     state: TrainerState
     control: TrainerControl
-    callback_handler: CallbackHandler
+    callback_handler: MLOCallbackHandler
     hub: Hub
     eval_dataset: Any
     _event: Callable[..., None]
@@ -197,6 +198,6 @@ class Saves:
         return (getattr(level.data, "batch_size", None) or 0) * level.gradient_accumulation_steps
 
 
-def _callback_states(callbacks: Sequence[TrainerCallback], control: TrainerControl) -> dict[str, Any]:
-    exportable = [c for c in [*callbacks, control] if isinstance(c, ExportableState)]
+def _callback_states(callbacks: Sequence[TrainerCallback], control: TrainerControl) -> Any:
+    exportable: Any = [c for c in [*callbacks, control] if isinstance(c, ExportableState)]
     return TrainerState(stateful_callbacks=exportable).stateful_callbacks

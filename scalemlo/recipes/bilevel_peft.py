@@ -197,7 +197,7 @@ def prepare(cell: BilevelCell) -> Prepared:
         ValueError: If there are too few examples.
     """
     data = cell.config.data
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(cell.config.model))
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(cell.config.model))
     ensure_pad_token(tokenizer)
     rows, groups = _rows(data, tokenizer)
     shuffled = np.random.default_rng(cell.seed).permutation(np.unique(groups)).tolist()
@@ -208,7 +208,7 @@ def prepare(cell: BilevelCell) -> Prepared:
             f"data: num_train ({data.num_train}) + num_heldout ({data.num_heldout}) is more than the {len(rows)} "
             f"examples of {data.name} with at most {data.max_length} tokens; ask for fewer or raise max_length"
         )
-    prepared = partial(prepare_dataset, processing_class=tokenizer, max_length=2 * data.max_length)
+    prepared: Any = partial(prepare_dataset, processing_class=tokenizer, max_length=2 * data.max_length)
     both = prepared(rows[: data.num_train], name="train")
     heldout = prepared(rows[len(rows) - data.num_heldout :], name="heldout")
     cut = len(both) - round(data.validation_fraction * len(both))

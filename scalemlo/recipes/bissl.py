@@ -131,25 +131,23 @@ def two_levels(cell: Cell[BiSSLConfig], data: Split, autoencoder: MaskedAutoenco
     config = cell.config
     classifier = Classifier(config.encoder(data.image_size))
     classifier.encoder.load_state_dict(autoencoder.encoder.state_dict())
-    levels = [
-        Downstream(
-            "downstream",
-            classifier,
-            data=loader(config, data.labelled),
-            optimizer=config.downstream.optimizer(),
-            scheduler=config.downstream.scheduler(config.outer_steps),
-        ),
-        CoupledPretext(
-            "pretext",
-            unroll_steps=config.unroll_steps,
-            scheduler=config.pretext.scheduler(config.outer_steps * config.unroll_steps),
-            hypergradient=config.hypergradient.build(),
-            **_options(config, autoencoder, data),
-        ),
-    ]
-    levels[0].upper_weight = config.upper_weight
-    levels[1].num_masked, levels[1].coupling = config.num_masked(autoencoder.num_patches), config.coupling
-    return cell.program(levels)
+    upper = Downstream(
+        "downstream",
+        classifier,
+        data=loader(config, data.labelled),
+        optimizer=config.downstream.optimizer(),
+        scheduler=config.downstream.scheduler(config.outer_steps),
+    )
+    upper.upper_weight = config.upper_weight
+    lower = CoupledPretext(
+        "pretext",
+        unroll_steps=config.unroll_steps,
+        scheduler=config.pretext.scheduler(config.outer_steps * config.unroll_steps),
+        hypergradient=config.hypergradient.build(),
+        **_options(config, autoencoder, data),
+    )
+    lower.num_masked, lower.coupling = config.num_masked(autoencoder.num_patches), config.coupling
+    return cell.program([upper, lower])
 
 
 def bissl(cell: Cell[BiSSLConfig]) -> Outcome:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -93,8 +92,9 @@ class Cell(Generic[C]):
     def program(self, levels: Sequence[Level]) -> Program:
         """A program of some levels, with the engine of the configuration and the seed of the cell."""
         config = self.config
-        options = dict(seed=self.seed, nonfinite=config.nonfinite, memory=config.memory)
-        return Program(levels, engine=config.engine.build(), **options)  # type: ignore[arg-type]
+        return Program(
+            levels, engine=config.engine.build(), seed=self.seed, nonfinite=config.nonfinite, memory=config.memory
+        )
 
     def train(
         self,
@@ -215,7 +215,7 @@ class Comparison:
 
     def _keep(self, cell: Cell, outcome: Outcome, cost: Mapping[str, float]) -> None:
         path = self._path(cell)
-        np.savez(path.with_suffix(".npz"), **outcome.arrays)  # type: ignore[arg-type]
+        np.savez(path.with_suffix(".npz"), **outcome.arrays)  # ty: ignore[invalid-argument-type]  # none is `allow_pickle`
         whole = {"config": self._asked(), "scores": dict(outcome.scores), "cost": dict(cost)}
         path.with_suffix(".tmp").write_text(json.dumps(whole, indent=2))
         path.with_suffix(".tmp").rename(path)
@@ -259,7 +259,8 @@ class Comparison:
         }
         (self._folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         first = {arm: [one.scores[names[0]] for one in found if names[0] in one.scores] for arm, found in done.items()}
-        draw = None if self._draw is None else partial(self._draw, outcomes=done)
+        own = self._draw
+        draw = None if own is None else lambda axes: own(axes, done)
         draw_comparison(self._folder / "result.png", names[0], first, draw, smaller_is_better=self._smaller)
         print(f"wrote {self._folder}/result.png, result.json, report.md")
 

@@ -19,6 +19,7 @@ Reference: Liu et al. 2019, "DARTS: Differentiable Architecture Search" (arXiv:1
 
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, shares: Tensor) -> Tensor:
         """Logits ``[B, 10]`` of images ``[B, 1, H, W]`` with shares ``[E, O]`` of the operations."""
-        nodes = [self.stem(images)]
+        nodes: list[Any] = [self.stem(images)]
         for j in range(1, self.edges[-1][1] + 1):
             incoming = [(e, i) for e, (i, end) in enumerate(self.edges) if end == j]
             nodes.append(sum(self._mixed(e, nodes[i], shares[e]) for e, i in incoming))
@@ -282,7 +283,7 @@ def draw(axes, outcomes) -> None:
     axes.set_title("Learned shares of the operations, mean over seeds", fontsize=10, loc="left")
     if not found:
         return
-    shares = np.mean(found, 0)
+    shares: np.ndarray = np.mean(found, 0)
     axes.imshow(shares, cmap="Greens", vmin=0, vmax=max(0.5, shares.max()), aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         color = "white" if share > 0.6 * max(0.5, shares.max()) else "#333333"

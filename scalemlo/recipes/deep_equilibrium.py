@@ -20,6 +20,7 @@ Backpropagation for Implicit Networks" (arXiv:2103.12803); rows of W: El Ghaoui 
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ from .comparison import Cell, ComparisonConfig, Outcome, compared
 from .images import accuracy, load_images, take_per_class
 from .recipe import Recipe
 from .restart import Repeated, Restart
+
+L = TypeVar("L", bound=mlo.Level)
 
 
 @dataclass(kw_only=True)
@@ -194,7 +197,7 @@ def training_data(config: DeepEquilibriumConfig, seed: int) -> TensorDataset:
     return TensorDataset(images.train_x[rows].flatten(1), images.train_y[rows])
 
 
-def _upper(cell: Cell[DeepEquilibriumConfig], kind: type[mlo.Level], data: TensorDataset) -> mlo.Level:
+def _upper(cell: Cell[DeepEquilibriumConfig], kind: type[L], data: TensorDataset) -> L:
     config = cell.config
     return kind(
         "network", Layer(config.num_states, config.contraction), data=Batches(data, config.batch_size, cell.seed),

@@ -225,8 +225,9 @@ def search(cell: Cell[DomainWeightsConfig], data: Texts, *, doge: bool) -> np.nd
 def search_by_excess(cell: Cell[DomainWeightsConfig], data: Texts) -> np.ndarray:
     """The same by the excess over a reference."""
     config, path = cell.config, [_alike(cell.config)]
-    options = dict(data=_loader(config.texts_per_source, data.train), optimizer=config.search_model.optimizer())
-    program = cell.program([Train("model", CharacterModel(), **options)])
+    loader = _loader(config.texts_per_source, data.train)
+    level = Train("model", CharacterModel(), data=loader, optimizer=config.search_model.optimizer())
+    program = cell.program([level])
     cell.train(program, config.search_steps)
     with program.inference("model") as model:
         reference = all_losses(model, data.train.flatten(0, 1).to(program.device)).view(data.train.shape[:2])
@@ -282,7 +283,7 @@ def _train(cell: Cell[DomainWeightsConfig], data: Texts, weights: Sequence[float
     config = cell.config
     parts = [*data.train.unbind(1), data.meta][: len(weights)]
     share = torch.cat([torch.full((len(ids),), float(p) / len(ids)) for p, ids in zip(weights, parts, strict=True)])
-    sampler = WeightedRandomSampler(share, config.batch_size * steps)  # type: ignore[arg-type]
+    sampler = WeightedRandomSampler(share, config.batch_size * steps)  # ty: ignore[invalid-argument-type]
     torch.manual_seed(cell.seed)
     level = Train(
         "model",

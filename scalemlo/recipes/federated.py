@@ -24,6 +24,7 @@ al. 2017 (arXiv:1602.05629); Li et al. 2021, "Ditto" (arXiv:2012.04221).
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -246,7 +247,10 @@ def three_levels(cell: Cell[FederatedConfig], data: Split) -> mlo.Program:
     return cell.program(levels)
 
 
-def _clients(config: FederatedConfig, data: tuple[Tensor, ...], kind: type[Rows], **options) -> Rows:
+R = TypeVar("R", bound=Rows)
+
+
+def _clients(config: FederatedConfig, data: tuple[Tensor, ...], kind: type[R], **options) -> R:
     level = kind("clients", Models(config.num_clients, data[0].shape[1]), **_options(config, data), **options)
     level.of_site = torch.arange(config.num_sites) // config.sites_per_client
     level.above = torch.zeros(config.num_clients, dtype=torch.long)
@@ -254,7 +258,7 @@ def _clients(config: FederatedConfig, data: tuple[Tensor, ...], kind: type[Rows]
     return level
 
 
-def _sites(config: FederatedConfig, data: tuple[Tensor, ...], kind: type[Rows], **options) -> Rows:
+def _sites(config: FederatedConfig, data: tuple[Tensor, ...], kind: type[R], **options) -> R:
     level = kind("sites", Models(config.num_sites, data[0].shape[1]), **_options(config, data), **options)
     level.of_site = torch.arange(config.num_sites)
     level.above = level.of_site // config.sites_per_client

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from .comparison import ComparisonConfig
 from .images import ImageData, load_images, take_per_class
@@ -115,9 +115,9 @@ def split(config: FewLabelsConfig, seed: int) -> Split:
     )
 
 
-def loader(config: FewLabelsConfig, data: Dataset) -> DataLoader:
+def loader(config: FewLabelsConfig, data: TensorDataset) -> DataLoader:
     """Shuffled batches, the whole of what is smaller than one."""
-    return DataLoader(data, min(config.batch_size, len(data)), shuffle=True, drop_last=True)  # type: ignore[arg-type]
+    return DataLoader(data, min(config.batch_size, len(data)), shuffle=True, drop_last=True)
 
 
 @torch.no_grad()

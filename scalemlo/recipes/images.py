@@ -110,7 +110,9 @@ class SmallCNN(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int = 2000) -> float:
+def accuracy(
+    classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, batch_size: int = 2000
+) -> float:
     """Share of images that are classified rightly.
 
     Args:

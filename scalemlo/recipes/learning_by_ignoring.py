@@ -189,13 +189,11 @@ def three_levels(cell: Cell[LearningByIgnoringConfig], data: Split, *, held: boo
     target = data.target_and_meta if held else data.target
     table = nn.Embedding(len(data.domain), 1)
     nn.init.zeros_(table.weight)
-    levels = [
-        Ignore("ignore", table, data=_loader(config, data.meta), optimizer=optimizer),
-        Pretrain("pretrained", hypergradient=config.hypergradient.build(), **_options(config, data.source)),
-        Finetune("finetuned", hypergradient=config.hypergradient.build(), **_options(config, target)),
-    ]
-    levels[-1].proximity = config.proximity
-    return cell.program(levels)
+    upper = Ignore("ignore", table, data=_loader(config, data.meta), optimizer=optimizer)
+    middle = Pretrain("pretrained", hypergradient=config.hypergradient.build(), **_options(config, data.source))
+    lower = Finetune("finetuned", hypergradient=config.hypergradient.build(), **_options(config, target))
+    lower.proximity = config.proximity
+    return cell.program([upper, middle, lower])
 
 
 def one_net(cell: Cell[LearningByIgnoringConfig], *, source: bool, target: bool) -> Outcome:

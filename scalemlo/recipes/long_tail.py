@@ -119,10 +119,10 @@ def reweighted(cell: Cell[LongTailConfig]) -> Outcome:
     data = split(cell.config, cell.seed)
     program = two_levels(cell, data)
     scores = _train(cell, program, data)
-    grid = torch.linspace(0, 6, 61)
+    grid = torch.linspace(0, 6, 61, device=program.device)
     with program.inference("weights") as net:
         curve = net(grid.unsqueeze(1)).squeeze(1)
-    return Outcome(scores, {"loss": grid.numpy(), "weight": curve.numpy()})
+    return Outcome(scores, {"loss": grid.cpu().numpy(), "weight": curve.cpu().numpy()})
 
 
 def two_levels(cell: Cell[LongTailConfig], data: Split) -> mlo.Program:

@@ -144,29 +144,27 @@ def three_levels(cell: Cell[MaskedAutoencoderConfig], data: Split) -> mlo.Progra
     config = cell.config
     autoencoder = MaskedAutoencoder(config.encoder(data.image_size))
     num_patches = autoencoder.num_patches
-    levels = [
-        Mask(
-            "masking",
-            MaskingNet(data.image_size, num_patches, config.hidden_size),
-            data=loader(config, data.second),
-            optimizer=config.masking.optimizer(),
-        ),
-        Pretrain(
-            "autoencoder",
-            unroll_steps=config.unroll_steps,
-            hypergradient=config.hypergradient.build(),
-            **_options(config, autoencoder, data, config.steps),
-        ),
-        Probe(
-            "probe",
-            nn.Linear(config.dim, 10),
-            data=loader(config, data.first),
-            optimizer=config.probe.optimizer(),
-            hypergradient=config.hypergradient.build(),
-        ),
-    ]
-    levels[1].num_masked = config.num_masked(num_patches)
-    return cell.program(levels)
+    upper = Mask(
+        "masking",
+        MaskingNet(data.image_size, num_patches, config.hidden_size),
+        data=loader(config, data.second),
+        optimizer=config.masking.optimizer(),
+    )
+    middle = Pretrain(
+        "autoencoder",
+        unroll_steps=config.unroll_steps,
+        hypergradient=config.hypergradient.build(),
+        **_options(config, autoencoder, data, config.steps),
+    )
+    middle.num_masked = config.num_masked(num_patches)
+    lower = Probe(
+        "probe",
+        nn.Linear(config.dim, 10),
+        data=loader(config, data.first),
+        optimizer=config.probe.optimizer(),
+        hypergradient=config.hypergradient.build(),
+    )
+    return cell.program([upper, middle, lower])
 
 
 def random_masking(cell: Cell[MaskedAutoencoderConfig], *, steps: str | None) -> Outcome:
@@ -226,7 +224,7 @@ def draw(axes, outcomes) -> None:
     if not found:
         axes.set_axis_off()
         return
-    weights = np.mean([outcome.arrays["weights"] for outcome in found], 0)
+    weights: np.ndarray = np.mean([outcome.arrays["weights"] for outcome in found], 0)
     side = round(len(weights) ** 0.5)
     grid = weights.reshape(side, side)
     axes.imshow(grid, cmap="Greens", vmin=0, vmax=1)

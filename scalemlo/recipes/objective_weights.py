@@ -227,20 +227,20 @@ def three_levels(cell: Cell[ObjectiveWeightsConfig], data: Split) -> mlo.Program
     config = cell.config
     encoder, copy = _encoder(config, data), _encoder(config, data)
     copy.load_state_dict(encoder.state_dict())
-    levels = [
-        Weigh("weights", Weights(), data=_loader(config, data.second), optimizer=config.weights.optimizer()),
-        Pretrain("encoder", hypergradient=config.hypergradient.build(), **_options(config, Pretrainer(encoder), data)),
-        Finetune(
-            "classifier",
-            TextClassifier(copy),
-            data=_loader(config, data.first),
-            optimizer=config.encoder.optimizer(),
-            scheduler=config.encoder.scheduler(config.steps),
-            hypergradient=config.hypergradient.build(),
-        ),
-    ]
-    levels[-1].proximity = config.proximity
-    return cell.program(levels)
+    upper = Weigh("weights", Weights(), data=_loader(config, data.second), optimizer=config.weights.optimizer())
+    middle = Pretrain(
+        "encoder", hypergradient=config.hypergradient.build(), **_options(config, Pretrainer(encoder), data)
+    )
+    lower = Finetune(
+        "classifier",
+        TextClassifier(copy),
+        data=_loader(config, data.first),
+        optimizer=config.encoder.optimizer(),
+        scheduler=config.encoder.scheduler(config.steps),
+        hypergradient=config.hypergradient.build(),
+    )
+    lower.proximity = config.proximity
+    return cell.program([upper, middle, lower])
 
 
 def fixed(cell: Cell[ObjectiveWeightsConfig], *, weights: tuple[float, ...] | None) -> Outcome:

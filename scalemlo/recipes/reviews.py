@@ -5,7 +5,7 @@ Reviews and encoder are fetched from PyPI packages by ``scalemlo.assets``; neith
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -181,7 +181,7 @@ def encode(
     """
     from transformers import AutoModel, AutoTokenizer  # slow to import; a cached run needs none of it
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     model = AutoModel.from_pretrained(model_path, dtype=torch.float32).to(device).eval()
     order = sorted(range(len(texts)), key=lambda position: len(texts[position]))
     features = torch.empty(len(texts), len(layers), model.config.hidden_size)

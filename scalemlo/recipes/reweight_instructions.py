@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -267,14 +267,14 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
     engine = config.engine.build()
     collate = partial(_collate, data.collate)
     shuffled = partial(DataLoader, shuffle=True, drop_last=True, collate_fn=collate)
-    finetune = dict(
+    finetune: dict[str, Any] = dict(
         data=shuffled(data.train, batch_size=train.batch_size),
         optimizer=config.finetune.optimizer(),
         scheduler=config.finetune.scheduler(train.steps * train.unroll_steps),
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
     )
-    options = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
+    options: dict[str, Any] = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
     if plain:
         return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
     over_batch = train.weight_normalization == "batch"
@@ -373,7 +373,7 @@ def _load(config: ReweightInstructionsConfig):
 
 
 def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
-    batch = pad(rows)  # type: ignore[arg-type]
+    batch = pad(rows)
     return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
 
 

@@ -193,8 +193,13 @@ def two_levels(cell: Cell[SafeSelectionConfig], data: Texts, start: Mapping[str,
     """The program."""
     config = cell.config
     upper = Select("selector", _selector(data), data=_loader(config, data.meta), optimizer=config.selector.optimizer())
-    options = dict(data=_loader(config, data.train, torch.arange(len(data.train))), optimizer=config.model.optimizer())
-    lower = Finetune("model", _model(start), hypergradient=config.hypergradient.build(), **options)
+    lower = Finetune(
+        "model",
+        _model(start),
+        data=_loader(config, data.train, torch.arange(len(data.train))),
+        optimizer=config.model.optimizer(),
+        hypergradient=config.hypergradient.build(),
+    )
     return cell.program([upper, lower])
 
 
@@ -214,6 +219,7 @@ def search_by_seal(cell: Cell[SafeSelectionConfig], data: Texts, start: Mapping[
     program = cell.program([level])
     cell.train(program, config.search_steps)
     logits = Ranks().from_main(program.state_dict("both").get("selector.logits"))
+    assert logits is not None, "rank 0 has all tensors"
     return len(logits) * torch.softmax(logits, 0).numpy()
 
 

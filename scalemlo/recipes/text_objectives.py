@@ -28,6 +28,8 @@ class TextEncoder(nn.Module):
         depth: Blocks.
     """
 
+    words: Tensor
+
     def __init__(self, words: Tensor, length: int, dim: int, depth: int):
         super().__init__()
         self.register_buffer("words", words)

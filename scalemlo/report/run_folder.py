@@ -54,10 +54,8 @@ class RunFolder:
                 f"{folder}: there is no run in it, that is, no */history.csv; give the output_dir of a run of "
                 "reweight_instructions. Recipes that compare methods have their table in report.md and result.png."
             )
-        config: Any = {}
-        if (folder / "run.yaml").exists():
-            config = OmegaConf.to_container(OmegaConf.load(folder / "run.yaml"))
-        weights = folder / "weights.csv"
+        run, weights = folder / "run.yaml", folder / "weights.csv"
+        config: Any = OmegaConf.to_container(OmegaConf.load(run)) if run.exists() else {}
         measured = {name: _json(folder / name / "phases.json") or {} for name in histories}
         return cls(
             name=folder.resolve().name,

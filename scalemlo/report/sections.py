@@ -1,6 +1,7 @@
 """The sections of the report, each from the files it needs; empty where they are not there."""
 
 from collections import defaultdict
+from functools import partial
 from html import escape
 
 import pandas as pd
@@ -42,12 +43,12 @@ def weights(run: RunFolder) -> str:
     if frame is None or frame.empty:
         return ""
     parts = []
-    labels = {"x_label": "weight", "y_label": "examples"}
+    draw = partial(histogram, x_label="weight", y_label="examples")
     if not run.domain_columns:
-        parts.append(histogram({"all": frame["weight"].to_numpy()}, **labels))
+        parts.append(draw({"all": frame["weight"].to_numpy()}))
     for column in run.domain_columns:
         groups = {_group(column, value): part["weight"] for value, part in frame.groupby(column)}
-        parts.append(histogram({name: values.to_numpy() for name, values in groups.items()}, **labels))
+        parts.append(draw({name: values.to_numpy() for name, values in groups.items()}))
         rows = [[name, len(v), *(f"{x:.3f}" for x in (v.mean(), v.median(), v.min(), v.max()))]
                 for name, v in groups.items()]  # fmt: skip
         parts.append(table(["group", "examples", "mean", "median", "min", "max"], rows))

@@ -61,8 +61,8 @@ def possible_changes(config: Any, world_size: int) -> list[Change]:
         found.append(Change((("hypergradient.mixed", "forward"),)))
     train = getattr(config, "train", None)
     size = getattr(train, "batch_size", 1)
-    if size % (2 * world_size) == 0:
-        steps = 2 * train.gradient_accumulation_steps  # type: ignore[union-attr]
+    if train is not None and size % (2 * world_size) == 0:
+        steps = 2 * train.gradient_accumulation_steps
         halves = [("train.batch_size", size // 2), ("train.gradient_accumulation_steps", steps)]
         if getattr(train, "weight_normalization", "dataset") != "dataset":
             halves.append(("train.weight_normalization", "dataset"))

@@ -56,7 +56,7 @@ def counted_moves(tracker: MemoryTracker, *, accelerator: bool) -> Iterator[None
     Yields:
         Nothing.
     """
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(residency, "HostSlot", _HostSlot),
         mock.patch.object(residency, "DiskSlot", _DiskSlot),
     ]

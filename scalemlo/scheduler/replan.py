@@ -145,7 +145,7 @@ def _replace_tensors(module: nn.Module, requires_grad: Mapping[str, bool]) -> No
         for name, p in owner._parameters.items():
             if p is not None:
                 wanted = requires_grad.get(f"{prefix}.{name}" if prefix else name, p.requires_grad)
-                owner._parameters[name] = new(p, lambda t, wanted=wanted: nn.Parameter(t, wanted))  # type: ignore
+                owner._parameters[name] = new(p, lambda t, wanted=wanted: nn.Parameter(t, wanted))
         for name, b in owner._buffers.items():
             owner._buffers[name] = None if b is None else new(b, lambda t: t)
 

@@ -141,7 +141,7 @@ def _leave_group() -> None:
 class _Constants(TorchDispatchMode):
     """Answers what a fake tensor's value is."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         """Answer, or run the operation."""
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
@@ -154,10 +154,10 @@ class _Constants(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             if any(getattr(t, "_has_zeros", False) for t in args[:2]):
-                out._has_zeros = not out.is_floating_point()  # type: ignore[attr-defined]
+                out._has_zeros = not out.is_floating_point()
             if func._overloadpacket in _SAYS:
                 says = _SAYS[func._overloadpacket] and not getattr(out, "_has_zeros", False)
-                out._says = says  # type: ignore[attr-defined]
+                out._says = says
         return out
 
 
@@ -173,14 +173,15 @@ def _without_data(t: Tensor) -> Tensor:
     if not isinstance(t, FakeTensor) and not t.is_floating_point():
         with _disable_current_modes():
             has_zeros = bool((t == 0).any())
-    fake = torch.empty(t.shape, dtype=t.dtype)
-    fake._has_zeros = has_zeros  # type: ignore[attr-defined]
+    fake: Any = torch.empty(t.shape, dtype=t.dtype)
+    fake._has_zeros = has_zeros
     return fake
 
 
 def _value(t: Tensor) -> bool | float | int:
-    if hasattr(t, "_says"):
-        return t._says
+    says = getattr(t, "_says", None)
+    if says is not None:
+        return says
     constant = getattr(t, "constant", None)  # fake tensors keep the value of torch.tensor(x)
     if constant is not None:
         with _disable_current_modes():

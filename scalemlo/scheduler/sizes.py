@@ -35,7 +35,7 @@ def parse_bytes(size: int | str, field: str = "size") -> int:
         number = float(match[1]) if match else 0.0
     except ValueError:
         number = 0.0
-    if isinstance(size, bool) or number <= 0:
+    if match is None or isinstance(size, bool) or number <= 0:
         raise ValueError(f"{field} must be a positive size such as '80GiB', '70GB' or a number of bytes, got {size!r}")
     if match[2] and match[2] not in _BY_LOWER_CASE:
         raise ValueError(f"{field}={size!r} has an unknown unit; the units are {', '.join(UNITS)}")

@@ -99,6 +99,7 @@ class GhostProducts:
             self._start()
             raise DerivativeError(f"ghost products {trouble or 'do not apply on another rank'}. {WAY_OUT}")
         losses = self.tape.losses
+        assert losses is not None, "else there is trouble"
         (self._coefficients,) = torch.autograd.grad(loss, losses, retain_graph=True)  # c_i
         sizes = self._coefficients.abs()
         floor = SMALLEST_WEIGHT[self.block.engine.spec.dtype] * sizes.max()

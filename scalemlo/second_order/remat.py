@@ -77,7 +77,7 @@ class _Run:
                     full[i] = x
                 return self._evaluate(*full)
 
-            _, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in indices))
+            pull = torch.func.vjp(of_wanted, *(inputs[i] for i in indices))[1]
             gradients = pull(tuple(cotangents))
         outside.restore()
         with _derivatives_enabled():

@@ -9,6 +9,7 @@ to :func:`.errors.explained`. Each row of this file has one in ``tests/test_op_a
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def make_safe(structure: nn.Module) -> None:
     """
     for module in structure.modules():
         if getattr(module, "gradient_checkpointing", False):  # torch.utils.checkpoint fails inside torch.func
-            module.gradient_checkpointing = False
+            module.gradient_checkpointing = False  # ty: ignore[invalid-assignment]
         module._compiled_call_impl = None  # of nn.Module.compile
     transformers = sys.modules.get("transformers")
     if transformers is None:
@@ -135,7 +136,7 @@ class Guard(TorchFunctionMode):
     - Products by ``scatter_reduce`` are refused: their second derivative is wrong.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         """Run one operation."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")

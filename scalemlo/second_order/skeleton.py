@@ -130,7 +130,7 @@ class Skeleton:
         for skeleton, live in zip(self.module.modules(), self._live.modules(), strict=True):
             skeleton.training = live.training
         for owner, attribute, prefix in self._buffers:
-            owner._buffers[attribute] = self._live.get_submodule(prefix)._buffers[attribute].clone()
+            owner._buffers[attribute] = self._live.get_submodule(prefix).get_buffer(attribute).clone()
         self._lender = lender
         try:
             yield
@@ -167,7 +167,7 @@ def _borrowed(units: Iterable[Unit], tensors: Mapping[str, Tensor]) -> Iterator[
     slots = [slot for unit in units for slot in unit.slots]
     before = [owner._parameters[attribute] for owner, attribute, _ in slots]
     for owner, attribute, name in slots:
-        owner._parameters[attribute] = tensors[name]  # type: ignore[assignment]  # not an nn.Parameter, on purpose
+        owner._parameters[attribute] = tensors[name]  # ty: ignore[invalid-assignment]  # not an nn.Parameter, on purpose
     try:
         yield
     finally:
@@ -216,4 +216,4 @@ def _lend_around_forward(skeleton: Skeleton, unit: Unit) -> None:
     def forward_with_lent_weights(*args, **kwargs):
         return skeleton.run_unit(unit, forward, args, kwargs)
 
-    module.forward = forward_with_lent_weights  # type: ignore[method-assign]
+    module.forward = forward_with_lent_weights

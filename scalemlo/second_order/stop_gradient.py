@@ -44,7 +44,7 @@ class Constants(TorchFunctionMode):
         return out
 
 
-_DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}
+_DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # ty: ignore[missing-attribute]
 
 
 def _detached(x):

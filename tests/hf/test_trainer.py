@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 import scalemlo as mlo
@@ -242,6 +242,16 @@ def test_peft_optimizers_and_datasets(tmp_path):
     other = trainer(tmp_path, model=model, given={"optimizers": (optimizer, None)}, max_steps=1)
     assert other.program.trainers["finetune"].optimizer is optimizer
     other.train()
+
+
+def test_adapter_of_another_name_is_saved(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    run = trainer(tmp_path, model=model, max_steps=1)
+    run.train()
+    run.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", adapter_name="mine").state_dict()
+    trained = {name: t for name, t in run.program.state_dict("finetune").items() if "lora_" in name}
+    assert trained and all(torch.equal(t, loaded[name]) for name, t in trained.items())
 
 
 def test_hub_gets_a_complete_folder(tmp_path, monkeypatch):
