@@ -18,6 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import scalemlo as mlo
 
 BATCH, LENGTH, VOCAB = 8, 12, 37
+ENGINES = {"ddp": mlo.DDP, "fsdp": mlo.FSDP}
+sgd = partial(torch.optim.SGD, lr=0.1)
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------
@@ -275,3 +277,18 @@ def errors(rank, world_size, problems, hypergradient, adaptive, engine):
         assert measured.weights_untouched
         found.append(relative_error(measured.gradient, problem.reference(measured.state, adaptive=adaptive)))
     return found
+
+
+# ---- whole programs --------------------------------------------------------------------------------------------------
+def weights(program: mlo.Program) -> dict[str, Tensor]:
+    """Weights and buffers of all levels, on rank 0."""
+    return {f"{level}.{n}": t for level in program.graph.order for n, t in program.state_dict(level).items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Whether two dicts have the same names, and tensors that are as close."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -25,7 +25,7 @@ from scalemlo.hf.peft import (
 from scalemlo.second_order.safety import find_foreign_kernel
 from tests.problems import BATCH, Vector, example_losses, full_tensors, llama, relative_error, token_batch
 from tests.ranks import run_ranks
-from tests.test_program import RMSNorm
+from tests.test_gradients import RMSNorm
 
 SPEC = LoraSpec(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
 sgd = partial(torch.optim.SGD, lr=0.1)
