@@ -81,6 +81,11 @@ def seconds(package: str, path: str, estimator: str) -> float:
 def growth(package: str, path: str, estimator: str) -> int:
     """Peak of resident bytes over those before the run was set up."""
 
+    if package == "scalemlo":
+        import scalemlo.tracking
+
+        scalemlo.tracking.reset_peak_bytes = lambda device: None  # each phase would start the kernel's account anew
+
     def run(task: Any) -> None:
         PACKAGES[package](task, estimator, LEARNING_RATES[0])(WEIGHED_STEPS)
 

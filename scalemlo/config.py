@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BeforeValidator, Discriminator, TypeAdapter, ValidationError
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from yaml import YAMLError
 
 from . import launched
@@ -43,6 +43,9 @@ class ConfigError(ValueError):
     """A configuration is wrong; the message lists every problem with its key."""
 
 
+_SCHEDULERS = sorted(kind.value for kind in SchedulerType if kind is not SchedulerType.REDUCE_ON_PLATEAU)
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """An optimizer of torch and a learning-rate schedule of transformers.
@@ -53,7 +56,7 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay.
         betas: Decay rates of AdamW's moments.
         momentum: Of SGD.
-        lr_scheduler_type: A name that ``transformers.get_scheduler`` knows.
+        lr_scheduler_type: A name that ``transformers.get_scheduler`` knows and that needs no metric.
         warmup_steps: Steps of linear warm-up.
     """
 
@@ -73,6 +76,8 @@ class OptimizerConfig:
             raise ValueError(f"betas={self.betas} have no effect with type='sgd'; set momentum")
         if self.type == "adamw" and self.momentum:
             raise ValueError(f"momentum={self.momentum} has no effect with type='adamw'; set betas")
+        if self.lr_scheduler_type not in _SCHEDULERS:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} is unknown; choose one of {_SCHEDULERS}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
 
@@ -140,7 +145,11 @@ class AutoConfig:
 
     def build(self) -> EngineSpec:
         """The engine for the number of processes that run."""
-        return (Single if world_size() == 1 else DDP)(dtype=self.dtype)
+        return self.for_ranks(world_size())
+
+    def for_ranks(self, num_ranks: int) -> EngineSpec:
+        """The engine for a number of processes."""
+        return (Single if num_ranks == 1 else DDP)(dtype=self.dtype)
 
 
 ENGINE_CONFIGS = {"auto": AutoConfig} | {name: _config_of(name, engine) for name, engine in ENGINES.items()}

@@ -1,7 +1,10 @@
 """Plans of built programs, of programs within a memory budget, and beside a run."""
 
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
 
 WIDTH = 64
+ROOT = Path(__file__).parent.parent
 
 
 class Above(mlo.Level):
@@ -100,3 +104,26 @@ def test_run_prints_planned_beside_measured_peaks(tmp_path, capsys, monkeypatch)
     found = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert found["program"] == "reweighted" and found["peak_by_phase"]["finetune/step"] > 0
     assert "planned MiB" in (tmp_path / "run" / "report.md").read_text()
+
+
+# ---- the recipes of comparisons --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "overrides", "collectives"),
+    [
+        ("label_noise", ["data=digits", "engine=fsdp"], {"all-gather", "reduce-scatter"}),
+        ("federated", [], {"all-reduce"}),
+        *(
+            pytest.param(name, [], {"all-reduce"}, marks=pytest.mark.full)
+            for name in ("hyperparameters", "reward_domains", "few_shot", "prompted_segmentation")
+        ),
+    ],
+)
+def test_comparisons_are_planned_though_their_data_code_looks_at_values(tmp_path, name, overrides, collectives):
+    command = [sys.executable, "-m", "scalemlo", "plan", str(ROOT / "configs" / f"{name}.yaml"), *overrides]
+    command += ["--world-size", "2", "--device-memory", "1GiB", "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["world_size"] == 2 and found["peak_bytes"] > found["persistent_bytes"] > 0
+    assert collectives <= {kind for phase in found["phases"] for kind in phase["num_collectives"]}
+    assert any(phase["name"].endswith("/step") for phase in found["phases"])

@@ -1,12 +1,15 @@
 """Foretell memory, communication and time of a run, without GPUs, weights or a launcher.
 
-One outer iteration runs as one rank of many, on tensors without data. The model is made from its configuration; the
-tokenizer and the data are read, for the shapes of the batches. See docs/plan.md. Exit status 1 if it does not fit into
+One outer iteration runs as one rank of many, on tensors without data. A language model is made from its configuration;
+the tokenizer and the data are read, for the shapes of the batches. The small programs of comparisons are made as they
+are, with data and weights. See docs/plan.md. Exit status 1 if it does not fit into
 --device-memory; with --sweep the table says for every number of ranks whether it fits.
 """
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .on_recipe import configure_file, refuse_idle
 
@@ -42,27 +45,32 @@ def run(options: Namespace) -> int:
         refuse_idle(options, ("world_size", "show", "json", "no_advice"), "with --sweep, which makes several plans")
     from .. import config as cfg
     from ..recipes import CONFIGS, RECIPES
+    from ..recipes.comparison import ComparisonConfig
     from ..reporting import print_table
     from ..scheduler import advice as advise
     from ..scheduler.pictures import plot_phases, plot_sweep
     from ..scheduler.plan import HEADER, MOVE_HEADER, Hardware, Plan, plan
     from ..scheduler.simulate import pretrained_depth
+    from ..scheduler.sizes import parse_bytes
 
+    if options.device_memory is not None:
+        parse_bytes(options.device_memory, "--device-memory")
     hardware = Hardware(options.tflops, options.link_gbps, options.host_gbps)
     config = cfg.load(options.config, options.overrides, CONFIGS)
     build = RECIPES[config.recipe].build
-    num_layers = None if options.exact else pretrained_depth(lambda: build(config))
+    is_small = isinstance(config, ComparisonConfig)  # their data code looks at values, which a simulation has none of
+    num_layers = None if options.exact or is_small else pretrained_depth(lambda: build(config))
 
     def simulate(change: advise.Change, world_size: int) -> Plan:
         changed = cfg.load(options.config, advise.overridden(options.overrides, change), CONFIGS)
-        return plan(
-            lambda: build(changed),
-            world_size=world_size * change.factor_of_ranks,
-            device_memory=options.device_memory,
-            hardware=hardware,
-            accelerator=not options.cpu,
-            num_layers=num_layers,
-        )
+        ranks = world_size * change.factor_of_ranks
+        machine: dict[str, Any] = {"device_memory": options.device_memory, "hardware": hardware}
+        machine["accelerator"] = not options.cpu
+        if is_small:
+            engine = changed.engine
+            spec = engine.for_ranks(ranks) if isinstance(engine, cfg.AutoConfig) else engine.build()
+            return build(replace(changed, engine=cfg.AutoConfig())).plan(world_size=ranks, engine=spec, **machine)
+        return plan(lambda: build(changed), world_size=ranks, num_layers=num_layers, **machine)
 
     folder = Path(config.output_dir)
     if options.sweep is not None:

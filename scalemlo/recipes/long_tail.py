@@ -44,6 +44,9 @@ class LongTailConfig(ComparisonConfig):
         classifier: Its optimizer.
         weight_net: The optimizer of the net of the weights.
         hypergradient: How the net of the weights is differentiated through the classifier.
+
+    Raises:
+        ValueError: If a class would have no training image.
     """
 
     data: ImageData = "fashion_mnist"
@@ -57,6 +60,14 @@ class LongTailConfig(ComparisonConfig):
     classifier: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     weight_net: cfg.OptimizerConfig = field(default_factory=cfg.OptimizerConfig)
     hypergradient: cfg.HypergradientConfig = field(default_factory=cfg.ESTIMATOR_CONFIGS["identity"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.imbalance <= self.num_largest:
+            raise ValueError(
+                f"imbalance={self.imbalance:g} must be between 1 and num_largest={self.num_largest}, so that every "
+                "class has an image"
+            )
 
 
 class Weigh(mlo.Level):

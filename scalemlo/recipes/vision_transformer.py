@@ -7,6 +7,7 @@ References: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words: Transformer
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import scalemlo as mlo
 
@@ -154,7 +155,12 @@ class Classifier(nn.Module):
 
 
 def vector(module: nn.Module) -> Tensor:
-    """All parameters of a module as one vector, in their order."""
+    """All parameters of a module as one vector, in their order; a ``ValueError`` where FSDP shards them."""
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise ValueError(
+            "the proximal term reads all weights at once, and FSDP gathers one block at a time: use engine=ddp, or "
+            "engine=single in one process."
+        )
     return torch.cat([p.reshape(-1) for p in module.parameters()])
 
 

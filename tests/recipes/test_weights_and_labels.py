@@ -1,10 +1,13 @@
 """Group fairness, label correction and learning by ignoring: their hypergradients, and short runs of all arms."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
+from scalemlo import cli
 from scalemlo import config as cfg
 from scalemlo.recipes import group_fairness, label_correction, learning_by_ignoring
 from scalemlo.recipes.comparison import Cell
@@ -130,3 +133,15 @@ def doubled(data):
             x, *rest = part.tensors
             setattr(data, name, TensorDataset(x.double(), *rest))
     return data
+
+
+def test_settings_that_make_no_sense_are_named(capsys):
+    path = str(Path(__file__).parents[2] / "configs" / "long_tail.yaml")
+    for override, said in {
+        "imbalance=-3": "imbalance=-3 must be between 1 and num_largest=2000",
+        "imbalance=3000": "imbalance=3000 must be between 1 and num_largest=2000",
+        "classifier.lr_scheduler_type=liner": "lr_scheduler_type='liner' is unknown",
+        "classifier.lr_scheduler_type=reduce_lr_on_plateau": "is unknown",
+    }.items():
+        assert cli.main(["validate", path, override]) == 2
+        assert said in capsys.readouterr().err
