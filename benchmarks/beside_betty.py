@@ -81,11 +81,6 @@ def seconds(package: str, path: str, estimator: str) -> float:
 def growth(package: str, path: str, estimator: str) -> int:
     """Peak of resident bytes over those before the run was set up."""
 
-    if package == "scalemlo":
-        import scalemlo.tracking
-
-        scalemlo.tracking.reset_peak_bytes = lambda device: None  # each phase would start the kernel's account anew
-
     def run(task: Any) -> None:
         PACKAGES[package](task, estimator, LEARNING_RATES[0])(WEIGHED_STEPS)
 
@@ -218,12 +213,8 @@ def cost_rows(own: Package, theirs: Package | None, plain: Package, figures: dic
             peer_times, peer_growth = theirs.seconds[peer], theirs.growth.get(peer)
             figures[f"plain_seconds_over_betty_{estimator}_{task}"] = ratio(least, peer_times)
             figures[f"seconds_over_betty_{estimator}_{task}"] = times_ratio = ratio(times, peer_times)
-            row[2], row[5], row[6], row[8] = (
-                peer[1],
-                milliseconds(peer_times),
-                f"{times_ratio:.2f}",
-                mebibytes(peer_growth),
-            )
+            row[2], row[5:7] = peer[1], [milliseconds(peer_times), f"{times_ratio:.2f}"]
+            row[8] = mebibytes(peer_growth)
             if growth is not None and peer_growth is not None:
                 figures[f"growth_over_betty_{estimator}_{task}"] = growth_ratio = growth / max(peer_growth, PAGE_BYTES)
                 row[9] = f"{growth_ratio:.2f}"

@@ -53,6 +53,20 @@ def mlp() -> nn.Module:
     return Net()
 
 
+class Dropped(nn.Module):
+    """:func:`mlp` with dropout after the embedding and every block."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.dropout = module, nn.Dropout(0.4)
+
+    def forward(self, input_ids):
+        x = self.dropout(self.module.embed(input_ids))
+        for block in self.module.blocks:
+            x = x + self.dropout(block(x))
+        return self.module.head(x)
+
+
 def llama() -> nn.Module:
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

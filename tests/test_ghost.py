@@ -15,7 +15,17 @@ from transformers.pytorch_utils import Conv1D
 import scalemlo as mlo
 from scalemlo.second_order.ghost import GhostProducts
 from scalemlo.second_order.layer_products import is_affine, obstacle, product
-from tests.problems import LOWER_MODULES, Finetune, Problem, Rate, build_modules, errors, example_losses, token_batch
+from tests.problems import (
+    LOWER_MODULES,
+    Dropped,
+    Finetune,
+    Problem,
+    Rate,
+    build_modules,
+    errors,
+    example_losses,
+    token_batch,
+)
 from tests.ranks import run_ranks
 
 GHOST, FORWARD = mlo.Identity(mixed="ghost"), mlo.Identity(mixed="forward")
@@ -153,18 +163,6 @@ def test_the_run_is_that_of_the_forward_derivative(engine):
             assert_same_run(*runs)
 
     run_ranks(body, world_size)
-
-
-class Dropped(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module, self.dropout = module, nn.Dropout(0.4)
-
-    def forward(self, input_ids):
-        x = self.dropout(self.module.embed(input_ids))
-        for block in self.module.blocks:
-            x = x + self.dropout(block(x))
-        return self.module.head(x)
 
 
 def test_masks_are_those_of_the_step():

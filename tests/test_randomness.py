@@ -1,10 +1,10 @@
 """Every pass of one step sees the same dropout masks, and passes in between change nothing."""
 
 import torch
-from torch import nn
 
 import scalemlo as mlo
 from tests.problems import (
+    Dropped,
     Finetune,
     Rate,
     assert_same,
@@ -15,18 +15,6 @@ from tests.problems import (
     weights,
 )
 from tests.test_gradients import direction
-
-
-class Dropped(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module, self.dropout = module, nn.Dropout(0.4)
-
-    def forward(self, input_ids):
-        x = self.dropout(self.module.embed(input_ids))
-        for block in self.module.blocks:
-            x = x + self.dropout(block(x))
-        return self.module.head(x)
 
 
 def dropping_program(hypergradient: mlo.Hypergradient) -> mlo.Program:

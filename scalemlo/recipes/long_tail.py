@@ -63,10 +63,10 @@ class LongTailConfig(ComparisonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.imbalance <= self.num_largest:
+        if not 1 <= self.imbalance < 2 * self.num_largest:  # the rarest class has their ratio, rounded
             raise ValueError(
-                f"imbalance={self.imbalance:g} must be between 1 and num_largest={self.num_largest}, so that every "
-                "class has an image"
+                f"imbalance={self.imbalance:g} must be at least 1 and below 2 * num_largest={2 * self.num_largest}, so "
+                "that every class has an image"
             )
 
 

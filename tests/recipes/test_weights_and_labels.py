@@ -138,8 +138,8 @@ def doubled(data):
 def test_settings_that_make_no_sense_are_named(capsys):
     path = str(Path(__file__).parents[2] / "configs" / "long_tail.yaml")
     for override, said in {
-        "imbalance=-3": "imbalance=-3 must be between 1 and num_largest=2000",
-        "imbalance=3000": "imbalance=3000 must be between 1 and num_largest=2000",
+        "imbalance=-3": "imbalance=-3 must be at least 1 and below 2 * num_largest=4000",
+        "imbalance=4000": "imbalance=4000 must be at least 1 and below 2 * num_largest=4000",
         "classifier.lr_scheduler_type=liner": "lr_scheduler_type='liner' is unknown",
         "classifier.lr_scheduler_type=reduce_lr_on_plateau": "is unknown",
     }.items():
