@@ -100,8 +100,14 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def peak_growth_bytes(function: Callable[[], Any]) -> int:
-    """The most resident bytes during a call over those before it (Linux); wants ``EXACT_MEMORY``.
+def resident_bytes() -> int:
+    """Of this process now (Linux)."""
+    gc.collect()
+    return _status_bytes("VmRSS")
+
+
+def peak_growth_bytes(function: Callable[[], Any], over: int | None = None) -> int:
+    """The most resident bytes during a call over those before it, or over others (Linux); wants ``EXACT_MEMORY``.
 
     Where scalemlo runs in it and is imported already, its phases do not start the kernel's account anew meanwhile.
     """
@@ -110,7 +116,7 @@ def peak_growth_bytes(function: Callable[[], Any]) -> int:
     held = nullcontext() if tracking is None else mock.patch.object(tracking, "reset_peak_bytes", lambda device: None)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # resets VmHWM; see proc(5)
-    before = _status_bytes("VmRSS")
+    before = _status_bytes("VmRSS") if over is None else over
     with held:
         function()
     return _status_bytes("VmHWM") - before

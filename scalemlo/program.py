@@ -19,7 +19,7 @@ from .graph import LevelGraph
 from .hypergradients import Hypergradient
 from .level import Level
 from .listener import Listener
-from .scheduler import Memory, Phase, Scheduler, StateName
+from .scheduler import Memory, Phase, StateName, scheduler_of
 from .scheduler.phases import states_of
 from .shards import Shards
 from .tracking import History
@@ -91,7 +91,7 @@ class Program:
         default = engine or (Single() if world_size() == 1 else DDP())
         self.trainers = bind(self.graph, default, self.device, seed)
         below = {n: {m for m in self.graph.order if n in self.graph.ancestors(m)} for n in self.graph.order}
-        self._scheduler = Scheduler(self.trainers, self.device, below, memory)
+        self._scheduler = scheduler_of(self.trainers, self.device, below, memory)
         self._gradients = TickGradients(
             self.graph, self.trainers, self.history, nonfinite, self._watchdog, self._scheduler
         )
@@ -217,7 +217,7 @@ class Program:
         self._fetch(list(self.trainers.values()))
         unrolled = [t for t in self.trainers.values() if t.unrolls]
         states = [state for trainer in unrolled for state in states_of(trainer)]
-        with self._scheduler.resident(states), undone(unrolled):
+        with self._scheduler.outside(), self._scheduler.resident(states), undone(unrolled):
             for trainer in unrolled:
                 for position in range(trainer.level.unroll_steps):
                     if position > 0:

@@ -2,6 +2,6 @@
 
 from .memory import Memory
 from .phases import Phase, StateName
-from .scheduler import Scheduler
+from .scheduler import Scheduler, scheduler_of
 
-__all__ = ["Memory", "Phase", "Scheduler", "StateName"]
+__all__ = ["Memory", "Phase", "Scheduler", "StateName", "scheduler_of"]

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, UntypedStorage
 
-from . import residency, scheduler
+from . import meter, residency, scheduler
 from .memory import Memory
 from .phases import tensors_of
 from .tracker import MemoryTracker
@@ -63,8 +63,8 @@ def counted_moves(tracker: MemoryTracker, *, accelerator: bool) -> Iterator[None
     if accelerator:
         patches += [
             mock.patch.object(scheduler, "Residency", _OfAccelerator),
-            mock.patch.object(scheduler, "MemoryTracker", lambda: None),  # the allocator measures there
-            mock.patch.object(scheduler, "peak_bytes", lambda device: int(tracker.phases[-1].peak_bytes)),
+            mock.patch.object(scheduler, "meter_of", meter.AllocatorMeter),
+            mock.patch.object(meter, "peak_bytes", lambda device: int(tracker.phases[-1].peak_bytes)),
             mock.patch.object(scheduler, "tensors_of", _on_accelerator),
             mock.patch.object(Memory, "of", classmethod(_of)),
         ]

@@ -6,6 +6,7 @@ passes); and all steps are taken with gradients that are there already, so they 
 the same bits. Decisions about what is evicted are those of :mod:`.residency`, here on sizes alone.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -26,12 +27,14 @@ class Part:
     Attributes:
         tick: Of the outer iteration, from 1.
         kind: ``"gradients"`` or ``"steps"``.
-        work: The phases of each level, by level in the order given.
+        work: The phases of each level, in the order in which they ran.
+        leaves: Bytes that each level's work leaves for later phases; negative for what it frees.
     """
 
     tick: int
     kind: str
     work: Mapping[str, tuple[Phase, ...]]
+    leaves: Mapping[str, int]
 
 
 Order = tuple[str, ...]
@@ -44,7 +47,7 @@ class Sizes:
 
     Attributes:
         states: Bytes by state.
-        room: What each phase takes beside the states.
+        room: What each phase takes beside the states, in the order given.
         budget: Bytes for states that move and for what phases take.
     """
 
@@ -60,25 +63,28 @@ class Interleaving:
     Attributes:
         orders: One for each part.
         sentences: What was changed, and why.
+        given_bytes: What an iteration in the order given moves.
     """
 
     orders: tuple[Order, ...]
     sentences: tuple[str, ...]
+    given_bytes: float
 
 
-def moved_bytes(phases: Sequence[Phase], sizes: Sizes) -> int:
+def moved_bytes(parts: Sequence[Part], orders: Sequence[Order], sizes: Sizes) -> float:
     """Bytes that one outer iteration moves, after one that came before: farthest next use is evicted first.
 
     Args:
-        phases: Of an outer iteration, in order.
+        parts: In the order of the outer iteration.
+        orders: Of the levels of each.
         sizes: Of states and phases.
 
     Returns:
-        Onto the device and off it.
+        Onto the device and off it; infinite where a phase does not fit.
     """
-    needing = [phase for phase in phases if phase.uses]
+    needing = [(phase, room) for phase, room in _run(parts, orders, sizes) if phase.uses]
     uses: dict[StateName, list[int]] = {}
-    for i, phase in enumerate(needing):
+    for i, (phase, _) in enumerate(needing):
         for name in phase.uses:
             uses.setdefault(name, []).append(i)
 
@@ -87,19 +93,33 @@ def moved_bytes(phases: Sequence[Phase], sizes: Sizes) -> int:
 
     resident: dict[StateName, None] = {}
     held = moved = 0
-    for i, phase in enumerate(needing * 2):
+    for i, (phase, room) in enumerate(needing * 2):
         now, counts = i % len(needing), i >= len(needing)
+        if sum(sizes.states[name] for name in phase.uses) + room > sizes.budget:
+            return math.inf
         missing = [name for name in phase.uses if name not in resident]
         wanted = sum(sizes.states[name] for name in missing)
-        allowed = sizes.budget - wanted - sizes.room[phase]
         victims = sorted((n for n in resident if n not in phase.uses), key=lambda name: next_use(name, now))
-        while victims and held > allowed:
+        while victims and held > sizes.budget - wanted - room:
             size = sizes.states[victims[-1]]
             del resident[victims.pop()]
             held, moved = held - size, moved + size * counts
         resident |= dict.fromkeys(missing)
         held, moved = held + wanted, moved + wanted * counts
     return moved
+
+
+def _run(parts: Sequence[Part], orders: Sequence[Order], sizes: Sizes) -> Iterator[tuple[Phase, int]]:
+    """Phases in some order, with what each takes in it: its own, and what those before it left."""
+    for part, order in zip(parts, orders, strict=True):
+        left_before, left = {}, 0  # in the order given
+        for level in part.work:
+            left_before[level], left = left, left + part.leaves[level]
+        left = 0
+        for level in order:
+            for phase in part.work[level]:
+                yield phase, sizes.room.get(phase, 0) + left - left_before[level]
+            left += part.leaves[level]
 
 
 def interleave(parts: Sequence[Part], below: Mapping[str, set[str]], sizes: Sizes) -> Interleaving:
@@ -114,15 +134,14 @@ def interleave(parts: Sequence[Part], below: Mapping[str, set[str]], sizes: Size
         The orders. Where none is better, the given one stays.
     """
     orders = [tuple(part.work) for part in parts]
-    phases = [phase for part in parts for work in part.work.values() for phase in work]
-    least = before = moved_bytes(phases, sizes)
-    is_small = len(phases) <= MAX_PHASES
+    given_bytes = least = before = moved_bytes(parts, orders, sizes)
+    is_small = sum(len(work) for part in parts for work in part.work.values()) <= MAX_PHASES
     sentences = []
     for i, part in enumerate(parts):
         given = orders[i]
         for order in _orders(part, below, exhaustive=is_small and len(given) <= MAX_LEVELS):
             tried = [*orders[:i], order, *orders[i + 1 :]]
-            found = moved_bytes(_phases(parts, tried), sizes)
+            found = moved_bytes(parts, tried, sizes)
             if found < least:
                 least, orders = found, tried
         if orders[i] != given:
@@ -131,12 +150,7 @@ def interleave(parts: Sequence[Part], below: Mapping[str, set[str]], sizes: Size
                 f"then moves {format_bytes(least)} instead of {format_bytes(before)}"
             )
             before = least
-    return Interleaving(tuple(orders), tuple(sentences))
-
-
-def _phases(parts: Sequence[Part], orders: Sequence[Order]) -> list[Phase]:
-    pairs = zip(parts, orders, strict=True)
-    return [phase for part, order in pairs for level in order for phase in part.work[level]]
+    return Interleaving(tuple(orders), tuple(sentences), given_bytes)
 
 
 def _orders(part: Part, below: Mapping[str, set[str]], *, exhaustive: bool) -> Iterator[Order]:

@@ -165,6 +165,10 @@ class Residency:
                 self._weights |= {storage._cdata for storage in found} if is_weights else set()
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
+    def rescan_made(self, names: Iterable[StateName]) -> None:
+        """:meth:`rescan` of what a phase that used these states may have made or dropped; storages of weights stay."""
+        self.rescan([name for name in names if name.kind != "weights"])
+
     def bring(
         self,
         names: Sequence[StateName],

@@ -3,19 +3,20 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..distributed import any_rank
 from ..ranks import Ranks
-from ..tracking import peak_bytes
-from .interleaving import Interleaving, Order, Part, Sizes, interleave
+from .interleaving import Interleaving, Order, Part, Sizes, interleave, moved_bytes
 from .memory import Memory
+from .meter import meter_of
 from .phases import Phase, StateName, Timeline, states_of, tensors_of, uses_of
 from .residency import Moves, Residency, State
 from .sizes import format_bytes
-from .tracker import KIND_OF_STATE, MemoryTracker
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -26,17 +27,117 @@ _Key = tuple[int, str, tuple[str, ...]]  # tick, kind, and the levels of a part
 
 
 class Scheduler:
-    """Between two phases, decides what is on the device in the next one.
+    """Without a budget: notes the order of phases, and moves nothing."""
 
-    Within a budget, a phase has the states it uses, and as many others as leave room for what it takes while it runs.
-    That is measured: on an accelerator whenever it runs, by the allocator; on the CPU the first time, by tracking every
-    operation. A phase that has not run yet has nothing but its own states on the device.
+    interleaving: Interleaving | None = None
+    """The order of levels, once two outer iterations have shown what phases need; never without a budget."""
+
+    def __init__(self) -> None:
+        self.timeline = Timeline()
+
+    @property
+    def residency(self) -> Residency | None:
+        """Which states are on the device; never without a budget."""
+        return None
+
+    @contextmanager
+    def iteration(self) -> Iterator[None]:
+        """Context of one outer iteration. Collective."""
+        with self.timeline.iteration():
+            yield
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Context of phases that run outside of outer iterations, one after the other."""
+        yield
+
+    def in_order(self, kind: str, trainers: Sequence["LevelTrainer"]) -> Iterator["LevelTrainer"]:
+        """Some levels, one after the other.
+
+        Args:
+            kind: What is done with each before the next one is asked for: ``"gradients"`` or ``"steps"``.
+            trainers: The levels.
+
+        Yields:
+            Each level.
+        """
+        yield from trainers
+
+    @contextmanager
+    def phase(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = None) -> Iterator[Moves]:
+        """Context of one phase: what it uses is resident inside.
+
+        Args:
+            trainer: Whose phase it is.
+            name: Of the phase.
+            asking: In a phase that runs the level's estimator, the level whose gradient is being computed.
+
+        Yields:
+            What was moved for it.
+        """
+        self._note(trainer, name, asking)
+        yield Moves()
+
+    def _note(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None") -> Phase:
+        phase = Phase(self.timeline.tick, trainer.name, name, uses_of(trainer, name, asking))
+        self.timeline.note(phase)
+        return phase
+
+    @contextmanager
+    def resident(self, names: Iterable[StateName] | None = None) -> Iterator[None]:
+        """Have some states on the device while inside, whatever is done to them.
+
+        Of one or a few, others make room for them. All at once may exceed the budget, and nothing is evicted then.
+
+        Args:
+            names: The states; None for all.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+
+def scheduler_of(
+    trainers: Mapping[str, "LevelTrainer"],
+    device: torch.device,
+    below: Mapping[str, set[str]],
+    memory: Memory | int | str | None,
+) -> Scheduler:
+    """The scheduler of a program.
 
     Args:
         trainers: The levels.
         device: Of this rank.
         below: By level, those that its hypergradient goes through.
         memory: The budget; None moves nothing.
+
+    Returns:
+        One that keeps to the budget, if there is one.
+    """
+    return Scheduler() if memory is None else BudgetScheduler(trainers, device, below, Memory.of(memory, device))
+
+
+@dataclass
+class _Trial:
+    """Of an order that has been chosen, until it is known what phases take in it."""
+
+    taken: dict[Phase, int]  # in the given order
+    given_bytes: float  # that the given order moves
+    exceeds: bool = False  # whether a phase does not fit
+
+
+class BudgetScheduler(Scheduler):
+    """Between two phases, decides what is on the device in the next one.
+
+    Within a budget, a phase has the states it uses, and as many others as leave room for what it takes while it runs,
+    which is measured (:mod:`.meter`). A phase that has not run yet has nothing but its own states on the device.
+
+    Args:
+        trainers: The levels.
+        device: Of this rank.
+        below: By level, those that its hypergradient goes through.
+        memory: The budget.
     """
 
     def __init__(
@@ -44,23 +145,23 @@ class Scheduler:
         trainers: Mapping[str, "LevelTrainer"],
         device: torch.device,
         below: Mapping[str, set[str]],
-        memory: Memory | int | str | None = None,
+        memory: Memory,
     ):
-        self.timeline = Timeline()
-        self.transient_bytes: dict[Phase, int] = {}
-        """What a phase takes beside the states, at its peak: its own, and what earlier phases left for later ones."""
-        self.residency: Residency | None = None
-        self.interleaving: Interleaving | None = None
-        """The order of levels, once two outer iterations have shown what phases need; never without a budget."""
+        super().__init__()
         self._trainers, self._device, self._below = trainers, device, below
+        self._gradient_bytes = {name: trainer.block.shards().nbytes for name, trainer in trainers.items()}
         self._num_iterations = 0
         self._parts: dict[_Key, Part] = {}  # of the outer iteration in hand
         self._orders: dict[_Key, Order] = {}
+        self._trial: _Trial | None = None
         self._pinned: Counter[StateName] = Counter()
-        self._tracker: MemoryTracker | None = None
-        if memory is not None:
-            self._tracker = MemoryTracker() if device.type == "cpu" else None
-            self.residency = Residency(Memory.of(memory, device), device, self._states())
+        self._residency = Residency(memory, device, self._states())
+        self.meter = meter_of(self.residency, device)
+
+    @property
+    def residency(self) -> Residency:
+        """Which states are on the device."""
+        return self._residency
 
     def _states(self) -> dict[StateName, State]:
         found = {}
@@ -75,22 +176,22 @@ class Scheduler:
     def iteration(self) -> Iterator[None]:
         """Context of one outer iteration. After the second one, the order of levels is chosen. Collective."""
         self._parts = {}
-        with self.timeline.iteration():
+        with super().iteration(), self.meter.run():
             yield
         self._num_iterations += 1
-        if self.residency is not None and self._num_iterations == 2:
-            self._interleave(self.residency)
+        if self._trial is not None:
+            self._judge(self._trial)
+        elif self._num_iterations == 2:
+            self._interleave()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Context of phases that run outside of outer iterations, one after the other."""
+        with self.meter.run(once=True):
+            yield
 
     def in_order(self, kind: str, trainers: Sequence["LevelTrainer"]) -> Iterator["LevelTrainer"]:
-        """Some levels, one after the other, in the order that was chosen for them; else in the given one.
-
-        Args:
-            kind: What is done with each before the next one is asked for: ``"gradients"`` or ``"steps"``.
-            trainers: The levels.
-
-        Yields:
-            Each level.
-        """
+        """Some levels, one after the other, in the order that was chosen for them; else in the given one."""
         by_name = {trainer.name: trainer for trainer in trainers}
         key, work = (self.timeline.tick, kind, tuple(by_name)), {}
         for name in self._orders.get(key, tuple(by_name)):
@@ -98,21 +199,33 @@ class Scheduler:
             yield by_name[name]
             work[name] = self.timeline.noted[before:]
         if work:
-            self._parts[key] = Part(self.timeline.tick, kind, {name: work[name] for name in by_name})
+            sign = 1 if kind == "gradients" else -1  # a step frees its gradient
+            leaves = {name: sign * self._gradient_bytes[name] for name in by_name}
+            self._parts[key] = Part(self.timeline.tick, kind, work, leaves)
 
-    def _interleave(self, residency: Residency) -> None:
-        fixed = sum(state.fixed_bytes for state in residency.states.values())
-        states = {name: state.num_bytes for name, state in residency.states.items()}
-        phases = [phase for part in self._parts.values() for work in part.work.values() for phase in work]
-        room = {phase: self.transient_bytes.get(phase, 0) for phase in phases}
-        parts = list(self._parts.values())
-        found = interleave(parts, self._below, Sizes(states, room, residency.memory.device_bytes - fixed))
-        self.interleaving = found = Ranks().from_main(found)  # sizes may differ by rank, orders must not
+    def _interleave(self) -> None:
+        """Choose an order to try: what phases take in it is measured in the next iteration."""
+        found = interleave(list(self._parts.values()), self._below, self._sizes())
+        found = Ranks().from_main(found)  # sizes may differ by rank, orders must not
+        self.interleaving = found
         self._orders = dict(zip(self._parts, found.orders, strict=True))
-        for part, order in zip(parts, found.orders, strict=True):
-            if order != tuple(part.work):  # what earlier phases leave for later ones is another: measured anew
-                for phase in (phase for work in part.work.values() for phase in work):
-                    self.transient_bytes.pop(phase, None)
+        if found.sentences:
+            self._trial = _Trial(self.meter.forget(), found.given_bytes)
+
+    def _judge(self, trial: _Trial) -> None:
+        """After an iteration in the chosen order: back to the given one where that fits, or moves less, after all."""
+        if self._parts.keys() != self._orders.keys():  # updates were skipped
+            return
+        self._trial, parts = None, list(self._parts.values())
+        moved = moved_bytes(parts, [tuple(part.work) for part in parts], self._sizes())
+        is_less = Ranks().from_main(moved < trial.given_bytes)
+        if any_rank(trial.exceeds) or not is_less:
+            self._orders, self.interleaving, self.meter.taken = {}, None, trial.taken
+
+    def _sizes(self) -> Sizes:
+        fixed = sum(state.fixed_bytes for state in self.residency.states.values())
+        states = {name: state.num_bytes for name, state in self.residency.states.items()}
+        return Sizes(states, self.meter.taken, self.residency.memory.device_bytes - fixed)
 
     # ---- phases ----------------------------------------------------------------------------------------------------
     @contextmanager
@@ -121,51 +234,44 @@ class Scheduler:
 
         A ``ValueError`` where it does not fit the budget: on all ranks, where that is found when it first runs.
 
-        Args:
-            trainer: Whose phase it is.
-            name: Of the phase.
-            asking: In a phase that runs the level's estimator, the level whose gradient is being computed.
-
         Yields:
             What was moved for it.
         """
-        phase = Phase(self.timeline.tick, trainer.name, name, uses_of(trainer, name, asking))
-        self.timeline.note(phase)
-        if self.residency is None or not phase.uses:
-            yield Moves()
+        phase = self._note(trainer, name, asking)
+        if not phase.uses:
+            with self.meter.paused():
+                yield Moves()
             return
-        is_new = phase not in self.transient_bytes
+        is_new = phase not in self.meter.taken
+        is_checked = is_new or self.meter.is_watching
         with self._holding(phase.uses):
-            moves = Ranks().together(partial(self._enter_first, phase)) if is_new else self._enter(phase)
-            with self._measured(phase, is_new=is_new):
+            moves = Ranks().together(partial(self._enter_checked, phase)) if is_checked else self._enter(phase)
+            with self.meter.phase(phase):
                 yield moves
-            if is_new:
+            if is_checked:
                 Ranks().together(partial(self._check_fits, phase))
 
-    def _enter_first(self, phase: Phase) -> Moves:
+    def _enter_checked(self, phase: Phase) -> Moves:
         self._check_fits(phase)
         return self._enter(phase)
 
     def _enter(self, phase: Phase) -> Moves:
-        assert self.residency is not None
-        taken = self.transient_bytes.get(phase)
+        taken = self.meter.taken.get(phase)
         room = float("inf") if taken is None else taken
         moves = self._bring(phase.uses, room)
-        if taken is not None and self._tracker is None:
+        if taken is not None and self._device.type != "cpu":
             following = self.timeline.next_phase()
-            if following in self.transient_bytes:
-                ahead = self.residency.prefetch(following.uses, max(taken, self.transient_bytes[following]))
+            if following in self.meter.taken:
+                ahead = self.residency.prefetch(following.uses, max(taken, self.meter.taken[following]))
                 moves.num_bytes += ahead
         return moves
 
     def _bring(self, names: Iterable[StateName], room_bytes: float) -> Moves:
-        assert self.residency is not None
         return self.residency.bring(tuple(names), room_bytes, self.timeline.next_use, self._pinned)
 
     @contextmanager
     def _holding(self, names: Iterable[StateName]) -> Iterator[None]:
         """Not to be evicted while inside; what grew or was replaced there is found at the end."""
-        assert self.residency is not None
         names = tuple(names)
         self._pinned.update(names)
         try:
@@ -173,53 +279,20 @@ class Scheduler:
         finally:
             self._pinned.subtract(names)
             self._pinned += Counter()  # drops zeros
-            self._rescan(names)
-
-    def _rescan(self, names: Iterable[StateName]) -> None:
-        """Find what a phase may have made or dropped; the storages of weights stay."""
-        assert self.residency is not None
-        self.residency.rescan([name for name in names if name.kind != "weights"])
-
-    # ---- what a phase takes ------------------------------------------------------------------------------------------
-    @contextmanager
-    def _measured(self, phase: Phase, *, is_new: bool) -> Iterator[None]:
-        """Note the peak of what runs inside, without the states, nor what they grew by."""
-        assert self.residency is not None
-        if self._tracker is None:
-            yield
-            self._rescan(phase.uses)
-            taken = peak_bytes(self._device) - self.residency.resident_bytes
-        elif is_new:
-            before = self.residency.needed_bytes(self.residency.states)
-            self._tag_states()
-            with self._tracker, self._tracker.phase(f"{phase.level}/{phase.name}") as seen:
-                yield
-            self._tag_states()
-            self._rescan(phase.uses)
-            grown = self.residency.needed_bytes(self.residency.states) - before
-            taken = int(seen.peak_bytes - seen.persistent_bytes) - max(grown, 0)
-        else:
-            yield
-            return
-        self.transient_bytes[phase] = max(taken, self.transient_bytes.get(phase, 0))
-
-    def _tag_states(self) -> None:
-        """Tell the tracker what persists: what is there now, and what the phase has made, before it is evicted."""
-        assert self._tracker is not None and self.residency is not None
-        for state in self.residency.states.values():
-            for tensor in state.tensors() if state.is_resident else ():
-                self._tracker.tag(tensor, KIND_OF_STATE[state.name.kind])
+            self.residency.rescan_made(names)
 
     # ---- what does not fit -------------------------------------------------------------------------------------------
     def _check_fits(self, phase: Phase) -> None:
-        assert self.residency is not None
         residency, budget = self.residency, self.residency.memory.device_bytes
         states = residency.needed_bytes(phase.uses)
         unit, unit_bytes = self._largest_unit(phase)
-        taken = self.transient_bytes.get(phase, unit_bytes)
+        taken = self.meter.taken.get(phase, unit_bytes)
         if states + taken <= budget:
             return
-        if phase in self.transient_bytes:
+        if self._trial is not None:
+            self._trial.exceeds = True
+            return
+        if phase in self.meter.taken:
             beside = f" and takes {format_bytes(taken)} more while it runs (measured)"
             beside += f", {format_bytes(unit_bytes)} of them for its largest gathered block {unit!r}" if unit else ""
         else:
@@ -241,21 +314,9 @@ class Scheduler:
     # ---- outside of phases -------------------------------------------------------------------------------------------
     @contextmanager
     def resident(self, names: Iterable[StateName] | None = None) -> Iterator[None]:
-        """Have some states on the device while inside, whatever is done to them.
-
-        Of one or a few, others make room for them. All at once may exceed the budget, and nothing is evicted then.
-
-        Args:
-            names: The states; None for all.
-
-        Yields:
-            Nothing.
-        """
-        if self.residency is None:
-            yield
-            return
+        """Have some states on the device while inside, whatever is done to them: see :class:`Scheduler`."""
         chosen = tuple(self.residency.states if names is None else names)
-        room = max(self.transient_bytes.values(), default=float("inf"))
+        room = max(self.meter.taken.values(), default=float("inf"))
         with self._holding(chosen):
             self._bring(chosen, room)
             yield

@@ -132,6 +132,12 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self._current = before
 
+    def start(self, name: str) -> PhaseUse:
+        """Charge what runs from here on, outside of phases, to what is returned."""
+        self._current = PhaseUse(name)
+        self._note_peak("start")
+        return self._current
+
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
         """What is allocated inside is of a kind."""
