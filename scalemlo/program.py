@@ -305,13 +305,13 @@ class Program:
         return self._scheduler.timeline.phases
 
     def interleaving(self) -> tuple[str, ...]:
-        """What the scheduler changed about the order of levels, one sentence each, and what that saves.
+        """What the scheduler changed about the order of levels and keeps gathered, one sentence each, and why.
 
-        Within a memory budget the order is chosen after two outer iterations, where that moves fewer bytes; results do
-        not depend on it. Empty without a budget, before that, and where nothing is better than the order of the list.
+        Within a memory budget the order is chosen after two outer iterations, where that moves fewer bytes, and
+        weights stay gathered between passes, where every phase leaves room for them; results do not depend on it. Empty
+        without a budget, before that, and where nothing is better.
         """
-        found = self._scheduler.interleaving
-        return () if found is None else found.sentences
+        return self._scheduler.choices
 
     def plan(self, *, world_size: int | None = None, engine: EngineSpec | None = None, **options: Any) -> "Plan":
         """What one outer iteration takes per rank at any world size; :func:`scalemlo.plan` does it without weights.

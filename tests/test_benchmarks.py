@@ -77,6 +77,13 @@ def test_residency(tmp_path):
 
 
 @pytest.mark.full
+def test_kept_weights(tmp_path):
+    found = figures("kept_weights", tmp_path)
+    assert found["bits_equal"] == 1.0 and found["kept_bytes"] > 0
+    assert found["gathered_bytes_ratio"] < 0.3
+
+
+@pytest.mark.full
 def test_plan_accuracy(tmp_path):
     found = figures("plan_accuracy", tmp_path)
     assert found["median_relative_error"] <= found["worst_relative_error"] < 0.15  # 10 MiB of workspaces, small models

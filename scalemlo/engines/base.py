@@ -14,6 +14,7 @@ from ..distributed import is_main_process
 from ..precision import LossScaler
 from ..second_order.skeleton import Skeleton
 from ..shards import Shards
+from .kept import KeptWeights
 
 if TYPE_CHECKING:
     from ..level import Level
@@ -110,6 +111,8 @@ class Engine(ABC):
         self._functional: Call | None = None
         self.is_resident = True
         """Whether its weights are on the device; see :mod:`scalemlo.scheduler`."""
+        self.kept: KeptWeights | None = None
+        """Gathers constants where they may be kept; set by a scheduler with a budget."""
 
     @property
     def shards_device(self) -> torch.device:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from ..engines.kept import KeptWeights
 from ..tracking import peak_bytes
 from .phases import Phase
 from .residency import Residency
@@ -67,18 +68,19 @@ class AllocatorMeter(Meter):
     Args:
         residency: Of the states.
         device: Whose allocator.
+        kept: Weights that stay gathered, which do not count either.
     """
 
-    def __init__(self, residency: Residency, device: torch.device):
+    def __init__(self, residency: Residency, device: torch.device, kept: KeptWeights):
         super().__init__(residency)
-        self._device = device
+        self._device, self._kept = device, kept
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Take the peak that the run's history started anew."""
         yield
         self.residency.rescan_made(phase.uses)
-        self._note(phase, peak_bytes(self._device) - self.residency.resident_bytes)
+        self._note(phase, peak_bytes(self._device) - self.residency.resident_bytes - self._kept.num_bytes)
 
 
 class TrackingMeter(Meter):
@@ -175,9 +177,9 @@ class TrackingMeter(Meter):
                 self._tracker.tag(tensor, KIND_OF_STATE[state.name.kind])
 
 
-def meter_of(residency: Residency, device: torch.device) -> Meter:
+def meter_of(residency: Residency, device: torch.device, kept: KeptWeights) -> Meter:
     """The one for a device."""
-    return TrackingMeter(residency) if device.type == "cpu" else AllocatorMeter(residency, device)
+    return TrackingMeter(residency) if device.type == "cpu" else AllocatorMeter(residency, device, kept)
 
 
 def _transient(peak: dict[str, float]) -> float:

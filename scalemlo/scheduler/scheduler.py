@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..distributed import any_rank
+from ..distributed import any_rank, gather_objects
+from ..engines.kept import KeptWeights
 from ..ranks import Ranks
 from .interleaving import Interleaving, Order, Part, Sizes, interleave, moved_bytes
 from .memory import Memory
@@ -39,6 +40,11 @@ class Scheduler:
     def residency(self) -> Residency | None:
         """Which states are on the device; never without a budget."""
         return None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What was decided beyond moves, one sentence each."""
+        return () if self.interleaving is None else self.interleaving.sentences
 
     @contextmanager
     def iteration(self) -> Iterator[None]:
@@ -156,12 +162,29 @@ class BudgetScheduler(Scheduler):
         self._trial: _Trial | None = None
         self._pinned: Counter[StateName] = Counter()
         self._residency = Residency(memory, device, self._states())
-        self.meter = meter_of(self.residency, device)
+        self._kept = KeptWeights()
+        self._spare: list[int] = []  # bytes that the phases of an iteration leave of the budget
+        self._room_bytes: int | None = None  # for weights that stay gathered: what every phase leaves, on all ranks
+        self._has_new = False
+        for trainer in trainers.values():
+            trainer.engine.kept = None if trainer.engine.group is None else self._kept
+        self.meter = meter_of(self.residency, device, self._kept)
 
     @property
     def residency(self) -> Residency:
         """Which states are on the device."""
         return self._residency
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What was decided beyond moves: the order of levels, and weights that stay gathered."""
+        if self._kept.most_bytes == 0:
+            return super().choices
+        kept = (
+            f"{format_bytes(self._kept.most_bytes)} of weights that derivatives gather as constants are kept while "
+            "gradients are taken, not gathered anew by every pass: every phase leaves them room"
+        )
+        return (*super().choices, kept)
 
     def _states(self) -> dict[StateName, State]:
         found = {}
@@ -175,14 +198,17 @@ class BudgetScheduler(Scheduler):
     @contextmanager
     def iteration(self) -> Iterator[None]:
         """Context of one outer iteration. After the second one, the order of levels is chosen. Collective."""
-        self._parts = {}
-        with super().iteration(), self.meter.run():
+        self._parts, self._spare, self._has_new, is_tried = {}, [], False, self._trial is not None
+        with super().iteration(), self.meter.run(), self._kept.within(self._room_bytes or 0):
             yield
         self._num_iterations += 1
         if self._trial is not None:
             self._judge(self._trial)
         elif self._num_iterations == 2:
             self._interleave()
+        is_settled = self._trial is None and not is_tried and not self._has_new
+        if is_settled and self._room_bytes is None:
+            self._room_bytes = max(0, min(gather_objects(min(self._spare, default=0))))
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -243,9 +269,17 @@ class BudgetScheduler(Scheduler):
                 yield Moves()
             return
         is_new = phase not in self.meter.taken
+        if is_new:
+            self._has_new, self._room_bytes, self._kept.room_bytes = True, None, 0
+            self._kept.clear()
+        elif phase.name == "step":
+            self._kept.clear()
         is_checked = is_new or self.meter.is_watching
         with self._holding(phase.uses):
             moves = Ranks().together(partial(self._enter_checked, phase)) if is_checked else self._enter(phase)
+            if not is_new and phase.name != "step":
+                spare = self.residency.memory.device_bytes - self.residency.resident_bytes - self.meter.taken[phase]
+                self._spare.append(spare)
             with self.meter.phase(phase):
                 yield moves
             if is_checked:
@@ -257,12 +291,14 @@ class BudgetScheduler(Scheduler):
 
     def _enter(self, phase: Phase) -> Moves:
         taken = self.meter.taken.get(phase)
-        room = float("inf") if taken is None else taken
+        kept = 0 if phase.name == "step" else self._kept.room_bytes
+        room = float("inf") if taken is None else taken + kept
         moves = self._bring(phase.uses, room)
         if taken is not None and self._device.type != "cpu":
             following = self.timeline.next_phase()
             if following in self.meter.taken:
-                ahead = self.residency.prefetch(following.uses, max(taken, self.meter.taken[following]))
+                room = max(taken, self.meter.taken[following]) + kept
+                ahead = self.residency.prefetch(following.uses, room)
                 moves.num_bytes += ahead
         return moves
 

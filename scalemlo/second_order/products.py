@@ -221,9 +221,11 @@ class LossAt:
         with ExitStack() as stack:
             for engine in self.engines:
                 groups = [set(block.names) for block in traced if block.engine is engine]
+                elsewhere = [*(block for block, _ in self.point), *([] if difference is None else [difference.lower])]
+                moved = {name for block in elsewhere if block.engine is engine for name in block.names}
                 lender = Lender(
                     weights[engine],
-                    partial(_gather_apart, engine, groups, tangents_only),
+                    partial(_gather_apart, engine, groups, moved, tangents_only),
                     at_once=engine.group is None,
                     remat=bool(traced) and difference is None and not keep_graph,
                 )
@@ -251,14 +253,20 @@ def _noting(called: set[Engine], engine: Engine, run: Callable, method: str, arg
 
 
 def _gather_apart(
-    engine: Engine, groups: Sequence[set[str]], tangents_only: bool, shards: Mapping[str, Tensor]
+    engine: Engine, groups: Sequence[set[str]], moved: set[str], tangents_only: bool, shards: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Gather constants apart from each traced block: a constant needs no tangent and no adjoint."""
+    """Gather constants apart from each traced block: a constant needs no tangent and no adjoint.
+
+    And where it has its live value, not ``moved`` to another point, it may be kept for the next pass.
+    """
     full: dict[str, Tensor] = {}
     left = dict(shards)
     for group in groups:
         members = {n: left.pop(n) for n in list(left) if n in group}
         full |= engine.gather(members, tangents_only=tangents_only) if members else {}
+    if engine.kept is not None and engine.kept.room_bytes > 0:
+        live = {n: left.pop(n) for n in list(left) if n not in moved}
+        full |= engine.kept.gather(engine, live) if live else {}
     return full | (engine.gather(left) if left else {})
 
 
