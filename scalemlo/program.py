@@ -313,7 +313,14 @@ class Program:
         """
         return self._scheduler.choices
 
-    def plan(self, *, world_size: int | None = None, engine: EngineSpec | None = None, **options: Any) -> "Plan":
+    def plan(
+        self,
+        *,
+        world_size: int | None = None,
+        engine: EngineSpec | None = None,
+        timeout_seconds: float | None = 1800.0,
+        **options: Any,
+    ) -> "Plan":
         """What one outer iteration takes per rank at any world size; :func:`scalemlo.plan` does it without weights.
 
         Works in a fork of this process, on tensors without data, and leaves the program as it is. Not collective.
@@ -321,6 +328,7 @@ class Program:
         Args:
             world_size: Number of ranks; by default, of those that run.
             engine: In the place of every level's own; :class:`Single` has no plan for several ranks.
+            timeout_seconds: A fork that has no plan by then is ended, with a ``ValueError``; None waits for ever.
             **options: ``device_memory``, ``accelerator`` (by default what this rank computes on) and ``hardware`` of
                 :func:`scalemlo.plan`.
 
@@ -329,7 +337,7 @@ class Program:
         """
         from .scheduler.replan import plan_of
 
-        return plan_of(self, world_size, engine, options)
+        return plan_of(self, world_size, engine, timeout_seconds, options)
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint: ``folder/step-000123``, complete or not there. Collective, between outer iterations.

@@ -1,8 +1,10 @@
 """Plans of built programs, of programs within a memory budget, and beside a run."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import nn
 
 import scalemlo as mlo
 from scalemlo.cli import main
+from scalemlo.scheduler import replan
 from scalemlo.scheduler.plan import plan
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
@@ -72,6 +75,14 @@ def test_program_plans_itself_on_other_engines_and_ranks():
     assert counted(found) == counted(expected)
     with pytest.raises(ValueError, match="cannot be split evenly over 3 ranks"):
         build().plan(world_size=3, engine=mlo.FSDP())
+
+
+def test_a_plan_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(replan, "plan", lambda build, **options: time.sleep(600))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"no plan after timeout_seconds=0.5 and was ended. .*mlo.plan\(build"):
+        build().plan(timeout_seconds=0.5)
+    assert time.perf_counter() - start < 60 and not multiprocessing.active_children()
 
 
 def test_planned_moves_are_those_of_a_run_within_the_budget(tmp_path):

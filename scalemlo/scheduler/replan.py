@@ -34,20 +34,27 @@ _kept: list[Any] = []
 """Groups and stores of the parent, which must not be destroyed in the child."""
 
 
-def plan_of(program: "Program", num_ranks: int | None, engine: "EngineSpec | None", options: Mapping[str, Any]) -> Plan:
+def plan_of(
+    program: "Program",
+    num_ranks: int | None,
+    engine: "EngineSpec | None",
+    timeout_seconds: float | None,
+    options: Mapping[str, Any],
+) -> Plan:
     """Plan a program like the given one; this one stays as it is.
 
     Args:
         program: Built, in any state.
         num_ranks: Of the plan; None for those that run.
         engine: In the place of the levels' own.
+        timeout_seconds: How long to wait for it; None for ever.
         options: For :func:`~.plan.plan`.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: What the plan raises; where processes cannot be forked, or the fork fails.
+        ValueError: What the plan raises; where processes cannot be forked, or the fork fails or takes too long.
     """
     instead = "Plan from a function that builds the program instead: mlo.plan(build, ...)."
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -60,13 +67,21 @@ def plan_of(program: "Program", num_ranks: int | None, engine: "EngineSpec | Non
     child.start()
     theirs.close()
     try:
+        if not ours.poll(timeout_seconds):
+            raise ValueError(
+                f"the forked process had no plan after timeout_seconds={timeout_seconds:g} and was ended. Wait longer "
+                f"(None: for ever), or: {instead}"
+            )
         found = ours.recv()
     except EOFError:
         child.join()
         raise ValueError(f"the forked process ended with status {child.exitcode}, without a plan. {instead}") from None
+    except BaseException:  # Ctrl-C too: what is not waited for here would be waited for at exit
+        child.kill()
+        raise
     finally:
         ours.close()
-    child.join()
+        child.join()
     if isinstance(found, Plan):
         return found
     is_users, said = found
