@@ -13,7 +13,7 @@ from scalemlo.scheduler.plan import plan
 from tests.cases import CASES
 from tests.problems import Problem, build_modules, weights
 from tests.ranks import run_ranks
-from tests.test_residency import SIZE, TRAINED, Net, budget, near, same
+from tests.test_residency import SIZE, TRAINED, Lower, Net, Upper, budget, same
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1e-3)
 AMPLE = "16GiB"  # DeepSpeed has buckets of 2 GiB
@@ -145,16 +145,6 @@ def test_bf16(tmp_path):
 def test_deepspeed(stage, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'scalemlo[deepspeed]'")
     check(["neumann"], mlo.DeepSpeed(stage=stage), tmp_path)
-
-
-class Upper(mlo.Level):
-    def loss(self, batch, lower):
-        return mlo.mean(((lower(batch) - batch) ** 2).mean(1))
-
-
-class Lower(mlo.Level):
-    def loss(self, batch, upper):
-        return near(self.module, upper, batch)
 
 
 def pair(memory) -> mlo.Program:

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import scalemlo as mlo
 from scalemlo.cli import main
@@ -36,7 +37,17 @@ def build_model(num_layers):
     )  # fmt: skip
 
 
-def build(engine=mlo.FSDP, estimator=mlo.Identity, num_layers=2, batch=BATCH, **options):
+def build_adapters(num_layers):
+    """LayerNorms that nothing moves, behind adapters that something does."""
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_head=4, n_layer=num_layers, n_positions=LENGTH, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True))
+
+
+def build(engine=mlo.FSDP, estimator=mlo.Identity, num_layers=2, batch=BATCH, build_model=build_model, **options):
     model = build_model(simulated_layers(num_layers))
     data = [{"input_ids": torch.randint(1, VOCAB, (batch, LENGTH))}]
     rate = Rate("rater", weight_net(), data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
@@ -103,8 +114,9 @@ def test_persistent_bytes_are_three_copies_of_the_shards():
     assert not dist.is_initialized() and nn.Module._apply.__module__ == "torch.nn.modules.module"
 
 
-def test_phases_and_peaks_are_those_of_a_real_run_on_two_ranks():
-    program = partial(build, estimator=partial(mlo.Identity, mixed="forward"))
+@pytest.mark.parametrize("build_model", [build_model, build_adapters])
+def test_phases_and_peaks_are_those_of_a_real_run_on_two_ranks(build_model):
+    program = partial(build, estimator=partial(mlo.Identity, mixed="forward"), build_model=build_model)
 
     def iterations(rank, world_size):
         found = []

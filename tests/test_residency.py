@@ -68,6 +68,18 @@ class Bottom(mlo.Level):
         return near(self.module, fifth, batch)
 
 
+class Upper(mlo.Level):
+    """Of a pair of levels."""
+
+    def loss(self, batch, lower):
+        return mlo.mean(((lower(batch) - batch) ** 2).mean(1))
+
+
+class Lower(mlo.Level):
+    def loss(self, batch, upper):
+        return near(self.module, upper, batch)
+
+
 def build(memory=None, engine=None, hypergradient=None, **options) -> mlo.Program:
     """Six levels: 5 times TRAINED of weights each, and twice TRAINED of moments."""
     torch.manual_seed(5)
@@ -241,14 +253,6 @@ def test_everything_outside_of_phases_works(tmp_path):
 
 
 def test_check_and_undone_steps_work_within_a_budget(tmp_path):
-    class Lower(mlo.Level):
-        def loss(self, batch, upper):
-            return near(self.module, upper, batch)
-
-    class Upper(mlo.Level):
-        def loss(self, batch, lower):
-            return mlo.mean(((lower(batch) - batch) ** 2).mean(1))
-
     def program(memory):
         torch.manual_seed(2)
         data = [torch.randn(8, SIZE) for _ in range(4)]

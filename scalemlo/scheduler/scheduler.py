@@ -164,8 +164,8 @@ class BudgetScheduler(Scheduler):
         self._residency = Residency(memory, device, self._states())
         self._kept = KeptWeights()
         self._spare: list[int] = []  # bytes that the phases of an iteration leave of the budget
-        self._room_bytes: int | None = None  # for weights that stay gathered: what every phase leaves, on all ranks
-        self._has_new = False
+        self._room_bytes: int | None = None  # for weights that stay gathered, once it is known
+        self._has_new = False  # whether a phase of the iteration is
         for trainer in trainers.values():
             trainer.engine.kept = None if trainer.engine.group is None else self._kept
         self.meter = meter_of(self.residency, device, self._kept)
@@ -198,7 +198,7 @@ class BudgetScheduler(Scheduler):
     @contextmanager
     def iteration(self) -> Iterator[None]:
         """Context of one outer iteration. After the second one, the order of levels is chosen. Collective."""
-        self._parts, self._spare, self._has_new, is_tried = {}, [], False, self._trial is not None
+        self._parts, self._spare, self._has_new = {}, [], False
         with super().iteration(), self.meter.run(), self._kept.within(self._room_bytes or 0):
             yield
         self._num_iterations += 1
@@ -206,9 +206,8 @@ class BudgetScheduler(Scheduler):
             self._judge(self._trial)
         elif self._num_iterations == 2:
             self._interleave()
-        is_settled = self._trial is None and not is_tried and not self._has_new
-        if is_settled and self._room_bytes is None:
-            self._room_bytes = max(0, min(gather_objects(min(self._spare, default=0))))
+        if self._trial is None and not self._has_new and self._room_bytes is None:
+            self._agree_on_room()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -270,16 +269,14 @@ class BudgetScheduler(Scheduler):
             return
         is_new = phase not in self.meter.taken
         if is_new:
-            self._has_new, self._room_bytes, self._kept.room_bytes = True, None, 0
-            self._kept.clear()
+            self._close_room()
         elif phase.name == "step":
             self._kept.clear()
         is_checked = is_new or self.meter.is_watching
         with self._holding(phase.uses):
             moves = Ranks().together(partial(self._enter_checked, phase)) if is_checked else self._enter(phase)
             if not is_new and phase.name != "step":
-                spare = self.residency.memory.device_bytes - self.residency.resident_bytes - self.meter.taken[phase]
-                self._spare.append(spare)
+                self._note_spare(phase)
             with self.meter.phase(phase):
                 yield moves
             if is_checked:
@@ -316,6 +313,20 @@ class BudgetScheduler(Scheduler):
             self._pinned.subtract(names)
             self._pinned += Counter()  # drops zeros
             self.residency.rescan_made(names)
+
+    # ---- weights that stay gathered ----------------------------------------------------------------------------------
+    def _note_spare(self, phase: Phase) -> None:
+        within = self.residency
+        self._spare.append(within.memory.device_bytes - within.resident_bytes - self.meter.taken[phase])
+
+    def _agree_on_room(self) -> None:
+        """What every phase left, on all ranks, is room for weights in the iterations to come."""
+        self._room_bytes = max(0, min(gather_objects(min(self._spare, default=0))))
+
+    def _close_room(self) -> None:
+        """A phase is new: until all are known again, nothing is kept."""
+        self._has_new, self._room_bytes, self._kept.room_bytes = True, None, 0
+        self._kept.clear()
 
     # ---- what does not fit -------------------------------------------------------------------------------------------
     def _check_fits(self, phase: Phase) -> None:

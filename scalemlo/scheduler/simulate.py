@@ -139,7 +139,10 @@ def _leave_group() -> None:
 
 
 class _Constants(TorchDispatchMode):
-    """Answers what a fake tensor's value is."""
+    """Answers what a fake tensor's value is, and makes the zeros of forward mode, which have no memory, real ones.
+
+    A view of a fake one would lie on the meta device, by C++ code that knows nothing of fake tensors.
+    """
 
     def __torch_dispatch__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         """Answer, or run the operation."""
@@ -151,6 +154,9 @@ class _Constants(TorchDispatchMode):
             return _value(args[0])
         if func is torch.ops.aten.equal.default:
             return True
+        if func is torch.ops.aten._efficientzerotensor.default:
+            with _disable_current_modes():
+                return func(*args, **{**(kwargs or {}), "device": torch.device("cpu")})
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             if any(getattr(t, "_has_zeros", False) for t in args[:2]):

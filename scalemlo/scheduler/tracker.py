@@ -253,7 +253,7 @@ class MemoryTracker(TorchDispatchMode):
 
     # ---- storages ----------------------------------------------------------------------------------------------------
     def _add(self, tensor: Tensor, operation: str) -> None:
-        if tensor.device.type == "meta" or isinstance(tensor, DTensor):
+        if tensor.device.type == "meta" or isinstance(tensor, DTensor) or tensor._is_zerotensor():  # of no memory
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
