@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..training import LevelTrainer
 
 
+ROOM = 0.9
+"""Of what every phase leaves, the part for weights that stay gathered; the rest is for phases that take more later."""
+
 _Key = tuple[int, str, tuple[str, ...]]  # tick, kind, and the levels of a part
 
 
@@ -163,7 +166,7 @@ class BudgetScheduler(Scheduler):
         self._pinned: Counter[StateName] = Counter()
         self._residency = Residency(memory, device, self._states())
         self._kept = KeptWeights()
-        self._spare: list[int] = []  # bytes that the phases of an iteration leave of the budget
+        self._spare: dict[Phase, int] = {}  # what the states leave of the budget, by phase of the iteration
         self._room_bytes: int | None = None  # for weights that stay gathered, once it is known
         self._has_new = False  # whether a phase of the iteration is
         for trainer in trainers.values():
@@ -198,7 +201,7 @@ class BudgetScheduler(Scheduler):
     @contextmanager
     def iteration(self) -> Iterator[None]:
         """Context of one outer iteration. After the second one, the order of levels is chosen. Collective."""
-        self._parts, self._spare, self._has_new = {}, [], False
+        self._parts, self._spare, self._has_new = {}, {}, False
         with super().iteration(), self.meter.run(), self._kept.within(self._room_bytes or 0):
             yield
         self._num_iterations += 1
@@ -276,7 +279,8 @@ class BudgetScheduler(Scheduler):
         with self._holding(phase.uses):
             moves = Ranks().together(partial(self._enter_checked, phase)) if is_checked else self._enter(phase)
             if not is_new and phase.name != "step":
-                self._note_spare(phase)
+                spare = self.residency.memory.device_bytes - self.residency.resident_bytes
+                self._spare[phase] = min(spare, self._spare.get(phase, spare))
             with self.meter.phase(phase):
                 yield moves
             if is_checked:
@@ -315,13 +319,10 @@ class BudgetScheduler(Scheduler):
             self.residency.rescan_made(names)
 
     # ---- weights that stay gathered ----------------------------------------------------------------------------------
-    def _note_spare(self, phase: Phase) -> None:
-        within = self.residency
-        self._spare.append(within.memory.device_bytes - within.resident_bytes - self.meter.taken[phase])
-
     def _agree_on_room(self) -> None:
         """What every phase left, on all ranks, is room for weights in the iterations to come."""
-        self._room_bytes = max(0, min(gather_objects(min(self._spare, default=0))))
+        left = [spare - self.meter.taken[phase] for phase, spare in self._spare.items()]
+        self._room_bytes = max(0, int(ROOM * min(gather_objects(min(left, default=0)))))
 
     def _close_room(self) -> None:
         """A phase is new: until all are known again, nothing is kept."""
