@@ -33,7 +33,8 @@ def plot_phases(path: str | Path, plan: Plan) -> None:
     if plan.device_memory is not None:
         axis.axhline(plan.device_memory / 2**30, color="black", linestyle="--", label="device memory")
     if plan.memory is not None:
-        axis.axhline(plan.memory.device_bytes / 2**30, color="gray", linestyle=":", label="memory budget, without batches")
+        budget = plan.memory.device_bytes / 2**30
+        axis.axhline(budget, color="gray", linestyle=":", label="memory budget, without batches")
     axis.set_xticks(positions, [p.name.replace("/", "\n", 1) for p in plan.phases], rotation=60, ha="right", fontsize=8)
     axis.set(ylabel="GiB per rank", title=f"Peak of each phase of an outer iteration, {plan.world_size} ranks")
     axis.legend(fontsize=8)
