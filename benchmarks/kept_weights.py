@@ -15,6 +15,7 @@ import tempfile
 import time
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import hvp
 import measure
@@ -78,11 +79,8 @@ def gathered_bytes(step: Any) -> int:
         found += out.numel() * out.element_size()
         return real(out, *args, **options)
 
-    dist.all_gather_into_tensor = gather
-    try:
+    with mock.patch.object(dist, "all_gather_into_tensor", gather):
         step()
-    finally:
-        dist.all_gather_into_tensor = real
     return found
 
 
