@@ -58,6 +58,9 @@ def test_what_a_phase_takes_depends_on_what_those_before_it_left():
     tight = replace(measured, budget=SIZE + 7)
     assert moved_bytes([part], [("c", "b", "a")], tight) < math.inf
     assert moved_bytes([part], [("b", "a", "c")], tight) == math.inf  # c again finds what both left
+    found = interleave([part], {n: set() for n in "abc"}, tight)
+    assert found.given_bytes == math.inf and moved_bytes([part], found.orders, tight) < math.inf
+    assert found.sentences[0].endswith("60 B and every phase fits")
 
 
 def test_steps_are_taken_on_the_way_back():

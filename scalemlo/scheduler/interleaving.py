@@ -145,9 +145,10 @@ def interleave(parts: Sequence[Part], below: Mapping[str, set[str]], sizes: Size
             if found < least:
                 least, orders = found, tried
         if orders[i] != given:
+            instead = f"instead of {format_bytes(before)}" if before < math.inf else "and every phase fits"
             sentences.append(
                 f"{part.kind} at tick {part.tick}: {', '.join(orders[i])} (given: {', '.join(given)}); the iteration "
-                f"then moves {format_bytes(least)} instead of {format_bytes(before)}"
+                f"then moves {format_bytes(least)} {instead}"
             )
             before = least
     return Interleaving(tuple(orders), tuple(sentences), given_bytes)
