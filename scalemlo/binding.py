@@ -60,6 +60,7 @@ def bind(graph: LevelGraph, default: EngineSpec, device: torch.device, seed: int
                 "loss to pull it with. Set unroll_steps=1."
             )
         trainer.others = {n: trainers[n] for n in graph.reads(trainer.name)}
+        trainer.depends_on = frozenset(graph.uppers(trainer.name) + graph.lowers(trainer.name))
     return trainers
 
 

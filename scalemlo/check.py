@@ -216,7 +216,7 @@ class _Hop:
         self.gradients = program._gradients
         self.asking = [
             t for t in program.trainers.values()
-            if lower.name in t.others and program.graph.depends_on_best_responses(t.name)
+            if lower.name in t.depends_on and lower.name in program.graph.responding(t.name)
         ]  # fmt: skip
         dtype = next(iter(lower.weights().values())).dtype
         precision = lower.engine.spec.dtype

@@ -151,58 +151,94 @@ class TickGradients:
 
         Returns:
             Loss and gradient.
-
-        Raises:
-            ValueError: If no gradient can come through a level below.
         """
         name = trainer.name
-        dependent = [n for n in self._graph.order if name in self._graph.ancestors(n)]
-        wanted = [trainer, *(self._trainers[n] for n in self._graph.lowers(name) if n in dependent)]
-        for lower in (self._trainers[n] for n in dependent):
+        dependent = [self._trainers[n] for n in self._graph.order if n in self._graph.responding(name)]
+        wanted = [trainer, *(t for t in dependent if t.name in self._graph.lowers(name))]
+        for lower in dependent:
             if lower.estimator.needs_gradient:
                 self.of(lower)
         with self.phase(trainer, "direct gradient"):
             result = trainer.compute_gradient(wanted, self._to_probe(trainer))
         self._note_reached(trainer, result.reached)
         self._check_finite(result.loss, trainer, "loss")
-        for lower in wanted[1:]:
-            if not result.reached[lower.name] and lower.estimator.differentiates_upper:
+        self._check_direct_gradient(trainer, result, wanted[1:], dependent)
+        adjoints = result.gradients
+        self._sweep(adjoints, trainer, ())
+        return result.loss, adjoints[name]
+
+    def _check_direct_gradient(
+        self,
+        trainer: LevelTrainer,
+        result: GradientResult,
+        read: Sequence[LevelTrainer],
+        dependent: Sequence[LevelTrainer],
+    ) -> None:
+        """That there is something to send down to the levels below."""
+        name = trainer.name
+        for lower in read:
+            is_named = lower.name in self._graph.reads(name)
+            if is_named and not result.reached[lower.name] and lower.estimator.differentiates_upper:
                 raise ValueError(
                     f"level {name!r}: its loss reads {lower.name!r}, but no gradient reaches that level's parameters, "
                     "so the hypergradient through it would be zero. If what it computes has no derivative, use "
                     f"ZerothOrder() or Reinforce() as the hypergradient of {lower.name!r}; if it stands behind "
                     "detach() or no_grad(), take it out from there."
                 )
-        for lower in (self._trainers[n] for n in dependent):
+        for lower in dependent:
             if lower.estimator.only_direct and not result.reached[name]:
                 raise ValueError(
                     f"level {name!r}: its loss does not depend on its own parameters, and "
                     f"{type(lower.estimator).__name__} of level {lower.name!r} gives the direct gradient alone: the "
                     "hypergradient would be zero. Use Penalty(), or let the loss read self.module."
                 )
-        adjoints = result.gradients
-        for lower_name in reversed(dependent):
-            v = adjoints.pop(lower_name, None)
-            targets = [n for n in self._graph.uppers(lower_name) if n == name or n in dependent]
-            if v is None or not targets:
+
+    def _sweep(self, adjoints: dict[str, Shards], level: LevelTrainer, fixed: tuple[str, ...]) -> None:
+        """Send gradients by the weights of lower levels on, hop by hop, until they have reached the level above.
+
+        What comes back to a level that was passed already, from one that it answers, is sent on from there in a sweep
+        of its own, in which the latter stays fixed: how it moves is what that hop has solved for.
+
+        Args:
+            adjoints: By level, changed in place: those of the levels passed are taken out and sent on.
+            level: The level whose gradient is being computed.
+            fixed: Levels that are held, see :meth:`LevelGraph.hops`.
+        """
+        for hop in self._graph.hops(level.name, fixed):
+            v = adjoints.pop(hop.name, None)
+            if v is None or not hop.onward:
                 continue
-            lower = self._trainers[lower_name]
-            for target, product in self._pull_back(v, lower, trainer, [self._trainers[n] for n in targets]).items():
+            lower = self._trainers[hop.name]
+            back: dict[str, Shards] = {}
+            onward = [self._trainers[n] for n in hop.onward]
+            for target, product in self._pull_back(v, lower, level, onward, fixed).items():
                 if lower.estimator.scores:
                     self._reached[target] |= set(product)
-                adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
+                if target in hop.back:
+                    if float(product.norm()) > 0.0:  # it is zero where the loss does not tie the two together
+                        back[target] = product
+                else:
+                    adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
             del v
-        return result.loss, adjoints[name]
+            if back:
+                self._sweep(back, level, (*fixed, hop.name))
+                for target, product in back.items():
+                    adjoints[target] = adjoints[target].add_(product) if target in adjoints else product
 
     def _pull_back(
-        self, v: Shards, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]
+        self,
+        v: Shards,
+        lower: LevelTrainer,
+        level: LevelTrainer,
+        onward: Sequence[LevelTrainer],
+        fixed: tuple[str, ...],
     ) -> dict[str, Shards]:
-        """One hop: from the lower level's weights to the levels above it on the way to ``level``."""
-        problem, estimator = lower.asked_by(level, uppers), lower.estimator
-        if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator):
+        """One hop: from the lower level's weights to the levels that it goes on to."""
+        problem, estimator = lower.asked_by(level, onward, fixed), lower.estimator
+        if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator, onward):
             with self.phase(lower, "solve", level):
                 result = estimator.solve(v, problem)
-            products = self._gradient_with_products(lower, result.value, uppers, estimator.mixed == "ghost")
+            products = self._gradient_with_products(lower, result.value, onward, estimator.mixed == "ghost")
             found = {n: -x for n, x in products.items()}
         else:
             with self.phase(lower, "hypergradient", level):
@@ -215,13 +251,16 @@ class TickGradients:
             self._pulls.setdefault(lower.name, []).append(result.pull)
         return found
 
-    def _takes_products(self, lower: LevelTrainer, estimator: ImplicitHypergradient) -> bool:
+    def _takes_products(
+        self, lower: LevelTrainer, estimator: ImplicitHypergradient, targets: Sequence[LevelTrainer]
+    ) -> bool:
         """Whether to try ghost products: always where asked for, by default where they may apply and save a pass."""
         return estimator.mixed == "ghost" or (
             estimator.chooses_method
             and lower.name not in self._without_products
             and lower.name not in self._found
             and not self._graph.depends_on_best_responses(lower.name)  # its gradient takes more than this pass
+            and all(t.engine is not lower.engine for t in targets)  # a shared module: they enter the losses themselves
         )
 
     def _gradient_with_products(

@@ -49,7 +49,8 @@ class LevelTrainer:
         self.level, self.name, self.engine, self.stream = level, level.name, engine, stream
         self.block = ParameterBlock(engine, tuple(names))
         self.view = ModuleView(engine)
-        self.others: dict[str, LevelTrainer] = {}
+        self.others: dict[str, LevelTrainer] = {}  # the levels that the loss names
+        self.depends_on: frozenset[str] = frozenset()  # all levels that it depends on directly
         self.optimizer = _bind_optimizer(level, self.block)
         engine.spec.check_level(level, self.optimizer)
         engine.adopt(self.optimizer)
@@ -66,17 +67,18 @@ class LevelTrainer:
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
-    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"]) -> "Asked":
+    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"], fixed: Sequence[str] = ()) -> "Asked":
         """The level as a problem that a level above wants solved.
 
         Args:
             level: The level whose gradient is being computed.
-            uppers: The levels directly above this one that lie on the way to it.
+            uppers: The levels that this one's loss depends on and that lie on the way to it.
+            fixed: Levels that are held while it is solved, see :class:`scalemlo.graph.Hop`.
 
         Returns:
             What the estimator is given.
         """
-        return Asked(self, level, uppers)
+        return Asked(self, level, uppers, fixed)
 
     gradient: Callable[[], tuple[Shards, float]]
     """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
@@ -261,8 +263,10 @@ class LevelTrainer:
 class Asked:
     """A level as :class:`scalemlo.hypergradients.LowerProblem`; arguments as in :meth:`LevelTrainer.asked_by`."""
 
-    def __init__(self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer]):
-        self.memory = lower.memory.setdefault(level.name, {})
+    def __init__(
+        self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer], fixed: Sequence[str] = ()
+    ):
+        self.memory = lower.memory.setdefault(".".join((level.name, *fixed)), {})
         self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block
         self._lower, self._level, self._uppers = lower, level, uppers
 
@@ -306,7 +310,7 @@ class Asked:
     @property
     def is_read(self) -> bool:
         """Whether the loss of the level that asks reads this level, not only through levels in between."""
-        return self._lower.name in self._level.others
+        return self._lower.name in self._level.depends_on
 
     def require_read(self, estimator: str) -> None:
         """Refuse estimators that evaluate the upper loss where it is not a function of this level's weights.

@@ -108,7 +108,7 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
         lambda self, v, problem: ({n: x * 1.01 for n, x in original(self, v, problem)[0].items()}, None),
     )
     monkeypatch.setattr("scalemlo.gradients.TickGradients._note_solve", lambda self, lower, result: None)
-    monkeypatch.setattr("scalemlo.gradients.TickGradients._pull_back", lambda self, v, lower, level, uppers: (
+    monkeypatch.setattr("scalemlo.gradients.TickGradients._pull_back", lambda self, v, lower, level, uppers, fixed: (
         lower.estimator.pull_back(v, lower.asked_by(level, uppers))[0]
     ))  # fmt: skip
     report = program().check([])

@@ -73,7 +73,7 @@ def uses_of(trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = 
         found.append(StateName("memory", trainer.name))
         if trainer.estimator.reads_optimizer:
             found.append(StateName("optimizer", trainer.name))
-        if trainer.estimator.evaluates_upper and trainer.name in asking.others:  # else that loss does not depend on it
+        if trainer.estimator.evaluates_upper and trainer.name in asking.depends_on:
             found += _weights_read_by(asking)
         if trainer.unrolls:
             found.append(StateName("trajectory", trainer.name))
