@@ -106,7 +106,9 @@ def _wrap(
     # Another level's loss may use a part of this module only, and its gradients are taken through the engine too.
     may_skip = len(graph.order) > 1 or any(level.allow_unused for level in levels)
     spec = specs.pop()
-    return spec.wrap(module, name=label.strip("'"), device=device, may_skip_parameters=may_skip)
+    engine = spec.wrap(module, name=label.strip("'"), device=device, may_skip_parameters=may_skip)
+    engine.skeleton.settle()
+    return engine
 
 
 def describe(level: Level, engine: EngineSpec | None) -> list[str]:

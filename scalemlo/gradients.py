@@ -238,7 +238,16 @@ class TickGradients:
         if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator, onward):
             with self.phase(lower, "solve", level):
                 result = estimator.solve(v, problem)
-            products = self._gradient_with_products(lower, result.value, onward, estimator.mixed == "ghost")
+            by_weights = [t for t in onward if t.name in self._graph.uppers(lower.name)]
+            if not by_weights:
+                raise DerivativeError(
+                    f"level {lower.name!r}: mixed='ghost' gives products with the weights of examples, which levels "
+                    "above decide, but its loss reads only levels below. Use mixed='forward'."
+                )
+            products = self._gradient_with_products(lower, result.value, by_weights, estimator.mixed == "ghost")
+            in_losses = [t for t in onward if t not in by_weights]  # levels below, which the losses themselves read
+            if in_losses:
+                products |= self._forward_mixed(lower, result.value, in_losses)
             found = {n: -x for n, x in products.items()}
         else:
             with self.phase(lower, "hypergradient", level):
@@ -260,7 +269,8 @@ class TickGradients:
             and lower.name not in self._without_products
             and lower.name not in self._found
             and not self._graph.depends_on_best_responses(lower.name)  # its gradient takes more than this pass
-            and all(t.engine is not lower.engine for t in targets)  # a shared module: they enter the losses themselves
+            and not any(t.engine is lower.engine for t in targets)  # a shared module: they enter the losses themselves
+            and any(t.name in self._graph.uppers(lower.name) for t in targets)
         )
 
     def _gradient_with_products(

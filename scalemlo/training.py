@@ -1,8 +1,8 @@
 """One level in a running program: its batches, gradients, mixed partials and steps."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from .data import BatchStream
 from .distributed import all_reduce_mean_
 from .engines import Engine, ModuleView
 from .engines.base import ParameterBlock
+from .entry import StepEntry
 from .hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from .hypergradients.base import Method
 from .level import Level, check_loss
@@ -63,6 +64,8 @@ class LevelTrainer:
         self.trajectory: Trajectory | None = None  # the steps since the levels above moved, where an estimator asks
         self.on_micro_batch: Callable[[str], None] = lambda level: None  # see :class:`scalemlo.listener.Listener`
         self._num_heard = 0  # micro-batches of this step that it has been told of
+        self._entry: StepEntry | None = None  # what the first pass of this step found
+        self._has_run = False  # whether a live pass of this step has left behind what a step leaves behind
         self._seed = 0
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
@@ -116,6 +119,7 @@ class LevelTrainer:
             [self.stream.next() for _ in range(self.level.gradient_accumulation_steps)] if self.stream else [None]
         )
         self._seed, self._num_heard = seed, 0
+        self._entry, self._has_run = None, False
 
     def evaluate(self, batch: Any) -> Tensor:
         """This rank's loss on one micro-batch, modules seen through their views."""
@@ -150,7 +154,7 @@ class LevelTrainer:
         engines = self._engines()
         kept = {t.engine for t in (*wanted, *probe)}
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        with seeded(self._seed, self.engine.device):
+        with seeded(self._seed, self.engine.device), self._leaving_one_trace():
             for i, batch in enumerate(self.batches):
                 with ExitStack() as stack:
                     for engine in engines:
@@ -182,6 +186,21 @@ class LevelTrainer:
             engine.clear_gradients()
         return GradientResult(float(all_reduce_mean_(total)), gradients, reached)
 
+    @property
+    def entry(self) -> StepEntry:
+        """What the first pass of this step found; every other one starts from it."""
+        if self._entry is None:
+            self._entry = StepEntry(self.level, self._engines())
+        return self._entry
+
+    @contextmanager
+    def _leaving_one_trace(self) -> Iterator[None]:
+        """Context of a live pass: the first of a step leaves behind what it does, others leave nothing."""
+        entry = self.entry
+        with entry.replayed() if self._has_run else nullcontext():
+            yield
+        self._has_run = True
+
     def _backward(self, loss: Tensor, scale: float, engines: Sequence[Engine]) -> None:
         for engine in engines:
             loss = engine.watch_loss(loss)
@@ -212,7 +231,15 @@ class LevelTrainer:
     def loss_at(self) -> LossAt:
         """The level's loss on the batches of its next step, to be differentiated on the modules' skeletons."""
         engines = self._engines()
-        return LossAt(self.evaluate, self.batches, self._seed, engines, self.engine, scale=self.scaler.scale)
+        return LossAt(
+            self.evaluate,
+            self.batches,
+            self._seed,
+            engines,
+            self.engine,
+            scale=self.scaler.scale,
+            entry=self.entry,
+        )
 
     def clip(self, gradient: Shards) -> tuple[Shards, float, float]:
         """Scale a gradient to the level's ``max_grad_norm``.

@@ -521,11 +521,3 @@ def test_an_upper_loss_may_use_a_part_of_the_lower_module():
         for engine, gradients in found.items():
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=f"{engine} {name}")
-
-
-def test_forward_replaced_on_the_instance_is_refused():
-    module = nn.Linear(3, 1)
-    original = module.forward
-    module.forward = lambda x: 2 * original(x)
-    with pytest.raises(ValueError, match="replaced by a function on the instance"):
-        mlo.Single().wrap(module, name="x", device=torch.device("cpu"), may_skip_parameters=False)

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -182,13 +183,14 @@ def test_scores_learn_what_differentiation_cannot():
 
 def test_draws_are_the_same_in_every_pass_of_a_step_whatever_dropout_takes():
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    seen = []
+    drawn = SimpleQueue()  # a list would hold what one pass has drawn: the others leave nothing behind
 
     class Noisy(mlo.Level):
         def loss(self, batch, rater):
             x = self.module(batch)
-            seen.append(mlo.sample(Bernoulli(logits=rater(batch)[:, 0])))
-            return (x.square().mean(1) * seen[-1]).mean()
+            mask = mlo.sample(Bernoulli(logits=rater(batch)[:, 0]))
+            drawn.put(mask)
+            return (x.square().mean(1) * mask).mean()
 
     class Up(mlo.Level):
         def loss(self, batch, noisy):
@@ -198,6 +200,7 @@ def test_draws_are_the_same_in_every_pass_of_a_step_whatever_dropout_takes():
     data = [torch.randn(32, 4)]
     low = Noisy("noisy", module, data=data, optimizer=sgd, hypergradient=mlo.Reinforce(baseline_decay=0.0))
     mlo.Program([Up("rater", nn.Linear(4, 1), data=data, optimizer=sgd), low]).step()
+    seen = [drawn.get() for _ in range(drawn.qsize())]
     assert len(seen) >= 2
     assert all(torch.equal(seen[0], s) for s in seen)
     assert 0 < seen[0].mean() < 1

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from scalemlo.second_order.attention import NAMES
 from scalemlo.second_order.errors import DerivativeError
+from scalemlo.second_order.operations import evaluation
 from scalemlo.second_order.remat import remat
-from scalemlo.second_order.safety import FOREIGN_KERNELS, find_foreign_kernel, guarded, make_safe
+from scalemlo.second_order.safety import FOREIGN_KERNELS, find_foreign_kernel, make_safe
 from scalemlo.second_order.skeleton import Lender, Skeleton
 
 SMALL = dict(
@@ -146,8 +147,8 @@ def test_kernels_without_derivatives_are_refused_in_derivatives_but_not_for_valu
     model = make()
     skeleton = Skeleton(model)
     shards = {n: p.detach() for n, p in model.named_parameters()}
-    for remat_units in (True, False):  # False: a graph is kept
-        with pytest.raises(DerivativeError, match=message), skeleton.lent(Lender(shards, dict, remat=remat_units)):
+    for form in ("dual", "graph"):
+        with pytest.raises(DerivativeError, match=message), skeleton.lent(Lender(shards, dict, form=form)):
             pass
     with torch.no_grad(), skeleton.lent(Lender(shards, dict)):
         torch.testing.assert_close(skeleton.call("forward", (torch.eye(2),), {}), model(torch.eye(2)))
@@ -160,15 +161,20 @@ def test_ordinary_models_are_not_refused() -> None:
 
 # ---- single operations ---------------------------------------------------------------------------------------------
 def hvp(function: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> Tensor:
-    with fwAD.dual_level(), guarded():
-        return fwAD.unpack_dual(torch.func.grad(function)(fwAD.make_dual(x, d))).tangent.detach()
+    def watched(x: Tensor) -> Tensor:
+        with evaluation("dual").active():
+            return function(x)
+
+    with fwAD.dual_level():
+        return fwAD.unpack_dual(torch.func.grad(watched)(fwAD.make_dual(x, d))).tangent.detach()
 
 
 def hvp_retained(function: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
-    with guarded():
-        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
-        return torch.autograd.grad(gradient, x, d)[0]
+    with evaluation("graph").active():
+        value = function(x)
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    return torch.autograd.grad(gradient, x, d)[0]
 
 
 def difference(function: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> Tensor:
@@ -196,33 +202,36 @@ def test_operations_are_put_right(name: str, product: Callable) -> None:
     function = OPERATIONS[name]
     torch.manual_seed(0)
     x, d = torch.randn(2, 5, 3, dtype=torch.float64)
-    with guarded():
-        guarded_value = function(x)
-    torch.testing.assert_close(guarded_value, function(x), rtol=1e-12, atol=1e-12)
+    with evaluation("dual").active():
+        watched_value = function(x)
+    torch.testing.assert_close(watched_value, function(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(product(function, x, d), difference(function, x, d), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_masks_of_transposed_tensors_are_replayed(inplace: bool) -> None:
-    """Without the guard the pull of a rematerialised unit has another mask than its forward."""
+@pytest.mark.parametrize("drop", [F.dropout, F.alpha_dropout])
+def test_masks_of_transposed_tensors_are_replayed_and_those_of_the_live_pass(drop: Callable, inplace: bool) -> None:
+    """Inside torch.func masks are filled in the order of indices, outside in that of memory."""
 
     def unit(x: Tensor) -> Tensor:
-        with guarded():  # as `Skeleton.run_unit`
-            return F.dropout((2 * x).t(), 0.5, True, inplace)
+        return drop((2 * x).t(), 0.5, True, inplace)
 
     x = torch.randn(40, 30, dtype=torch.float64)
-    if inplace:
-        with pytest.raises(DerivativeError, match="inplace=False"):
-            remat(unit, x)
-        return
+    state = torch.get_rng_state()
+    live = unit(x.clone().requires_grad_())
+    torch.set_rng_state(state)
     out, pull = torch.func.vjp(lambda x: remat(unit, x), x)
-    torch.testing.assert_close(pull(torch.ones_like(out))[0], (out.t() / x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, live.detach(), rtol=1e-12, atol=1e-12)
+    torch.set_rng_state(state)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(unit(leaf).sum(), leaf)
+    torch.testing.assert_close(pull(torch.ones_like(out))[0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("call", [torch.Tensor.scatter_reduce, torch.scatter_reduce, torch.Tensor.scatter_reduce_])
 def test_products_by_scatter_are_refused(call: Callable) -> None:
     index = torch.zeros(2, 3, dtype=torch.long)
-    with guarded():
+    with evaluation("dual").active():
         assert call(torch.ones(2, 3), 1, index, torch.ones(2, 3), "sum").sum() == 12
         for arguments, options in (
             ((1, index, torch.ones(2, 3), "prod"), {}),

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from .base import Engine, EngineSpec, ModuleView
+from .base import Engine, EngineSpec
 from .ddp import DDP
 from .deepspeed import DeepSpeed
 from .fsdp import FSDP
 from .single import Single
+from .view import ModuleView
 
 ENGINES: dict[str, type[EngineSpec]] = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
 """Engine by the name configurations use."""

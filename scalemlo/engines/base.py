@@ -195,6 +195,15 @@ class Engine(ABC):
             yield self.local(name)
 
     # ---- the same for all --------------------------------------------------------------------------------------
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that require a gradient."""
+        return frozenset(name for name, p in self.parameters.items() if p.requires_grad)
+
+    def constant(self, name: str) -> Tensor:
+        """This rank's shard of a parameter, for passes that do not move it."""
+        return self.local(name)
+
     def require_resident(self) -> None:
         """Raise a ``ValueError`` where the weights are off the device: reading them then would crash the process."""
         if not self.is_resident:
@@ -236,6 +245,11 @@ class Engine(ABC):
         """Run a method of the module: live, or functionally inside :meth:`functional`."""
         self.require_resident()
         return (self._functional or self.call_live)(method, args, kwargs)
+
+    @property
+    def visible(self) -> nn.Module:
+        """The module that answers a loss which asks for an attribute: the live one, or its skeleton where that runs."""
+        return self.module if self._functional is None else self.skeleton.module
 
     @contextmanager
     def functional(self, call: Call) -> Iterator[None]:
@@ -299,44 +313,6 @@ def check_precision(spec: EngineSpec, device: torch.device, name: str) -> None:
     """
     if spec.dtype == "fp16" and device.type == "cpu":
         raise ValueError(f"engine of {name!r}: dtype='fp16' needs a GPU, this rank runs on {device}. Use 'bf16'.")
-
-
-class ModuleView:
-    """What a loss sees of a module: call it, or any of its methods, and the engine runs it.
-
-    Calls go through the training framework in ordinary passes and through the skeleton where a derivative is taken,
-    so the same loss serves both. Attributes that are not methods of the module (``config``, say) are passed through,
-    except for its weights and submodules: used past the engine they would be constants of every derivative.
-    """
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-
-    def __call__(self, *args, **kwargs):
-        """Run the module's forward."""
-        return self._engine.call("forward", args, kwargs)
-
-    def __getattr__(self, name: str):
-        value = getattr(self._engine.module, name)
-        if isinstance(value, (nn.Module, nn.Parameter)) or name in _HANDS_OUT_WEIGHTS:
-            kind = type(self._engine.module).__name__
-            raise ValueError(
-                f"level '{self._engine.name}': a loss uses {name!r} of {kind} directly, which is not differentiated "
-                "through when a hypergradient is taken. Put what it computes with it into a method of the module and "
-                "call that."
-            )
-        if getattr(value, "__self__", None) is self._engine.module and not hasattr(nn.Module, name):
-            return lambda *args, **kwargs: self._engine.call(name, args, kwargs)
-        return value
-
-    def __repr__(self) -> str:
-        return f"ModuleView({self._engine.name})"
-
-
-_HANDS_OUT_WEIGHTS = frozenset(
-    ("parameters", "named_parameters", "get_parameter", "modules", "named_modules", "children", "named_children")
-    + ("get_submodule", "state_dict")
-)
 
 
 @contextmanager

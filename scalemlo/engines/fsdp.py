@@ -87,6 +87,7 @@ class FSDPEngine(ShardedEngine):
         if method not in self._methods:
             register_fsdp_forward_method(self.module, method)
             self._methods.add(method)
+            self.skeleton.settle(method)
         return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
 
     @contextmanager

@@ -53,6 +53,11 @@ class ReplicatedEngine(Engine):
         """The whole parameter."""
         return self.parameters[name].detach()
 
+    def constant(self, name: str) -> Tensor:
+        """See :meth:`Engine.constant`; a frozen weight itself, with what its class knows of it (quantisation, say)."""
+        p = self.parameters[name]
+        return p.detach() if p.requires_grad else p
+
     def shard(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing to split."""
         return dict(full)

@@ -13,13 +13,20 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.checkpoint import checkpoint
 
+from .evaluation import Run, current_evaluation
 from .remat import remat
 
 
 def inside_grad() -> bool:
-    """Whether ``torch.func.grad`` (or ``vjp``), and no other transform of ``torch.func``, is running."""
+    """Whether ``torch.func.grad`` (or ``vjp``), and no other transform of ``torch.func``, is running.
+
+    Or the first run of a rematerialised block, which will run again inside one.
+    """
     transforms = get_interpreter_stack()
-    return bool(transforms) and all(t.key() == TransformType.Grad for t in transforms)
+    if transforms:
+        return all(t.key() == TransformType.Grad for t in transforms)
+    running = current_evaluation()
+    return running is not None and isinstance(running.scopes[-1], Run)
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:

@@ -6,18 +6,23 @@ weights: the skeleton is lent w + e v and w - e v.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..distributed import any_rank
 from ..engines.base import ParameterBlock
 from ..rng import RNGState
 from ..shards import Shards
+from .evaluation import Marking, current_evaluation
+from .operations import depends
+from .python_state import PythonState
 from .skeleton import Lender
 from .stop_gradient import Constants
 
@@ -48,10 +53,21 @@ class CentralDifference:
         """Run one method of the lower module."""
         engine = self.lower.engine
         masks = RNGState.capture(engine.device)
+        state = PythonState.of([engine.skeleton.module])
+        follows = any(isinstance(x, Tensor) and depends(x) for x in tree_leaves((args, kwargs)))
 
         def evaluate(sign: float, constants: Constants) -> Any:
             masks.restore()
-            with engine.skeleton.lent(replace(lender, shards=self._moved(lender.shards, sign))), constants:
+            state.restore()
+            with ExitStack() as stack:
+                if not follows:  # values alone, which any operation has
+                    stack.enter_context(temporarily_clear_interpreter_stack())
+                running = current_evaluation()
+                if running is not None:
+                    stack.enter_context(running.within(Marking()))
+                moved = replace(lender, shards=self._moved(lender.shards, sign), form="plain")
+                stack.enter_context(engine.skeleton.lent(moved))
+                stack.enter_context(constants)
                 return engine.call_skeleton(method, args, kwargs)
 
         seen = Constants(), Constants()

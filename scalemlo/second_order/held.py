@@ -52,7 +52,7 @@ def held_at_weights(loss: LossAt) -> LossAt:
             return loss.evaluate(batch)
 
     recording = replace(loss, evaluate=record)
-    with loss.running(), torch.enable_grad():  # no weight requires a gradient, so no graph is kept
+    with loss.running("plain"), torch.enable_grad():  # no weight requires a gradient, so no graph is kept
         for batch in loss.batches:
             recording.local_loss(batch, loss.weights())
     return replace(loss, evaluate=replay, batches=batches)

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..engines.base import Engine, ParameterBlock
 from ..shards import Shards
 from .errors import explained
+from .gradient_hooks import GradientHooks
 from .products import Blocks, LossAt, accumulate
+from .unfollowed import second_pass
 
 Tensors = dict[str, Tensor]
 
@@ -93,7 +95,8 @@ class RetainedHessian(HessianOperator):
     def __init__(self, loss: LossAt, lower: ParameterBlock, uppers: Blocks | None = None):
         super().__init__()
         self._loss, self._lower, self._uppers = loss, lower, dict(uppers or {})
-        with explained(), loss.running(), torch.enable_grad():
+        self._hooks = GradientHooks.of(lower)
+        with explained(), loss.running("graph"), torch.enable_grad():
             self._graphs = [self._linearise(batch) for batch in loss.batches]
 
     def _linearise(self, batch: Any) -> tuple[Tensors, dict[str, Tensors], Tensors]:
@@ -102,15 +105,16 @@ class RetainedHessian(HessianOperator):
         leaves = _leaves(weights, self._lower)
         uppers = {key: _leaves(weights, block) for key, block in self._uppers.items()}
         blocks = [self._lower, *self._uppers.values()]
-        loss = self._loss.scale * self._loss.local_loss(batch, weights, blocks, keep_graph=True)
+        loss = self._loss.scale * self._loss.local_loss(batch, weights, blocks, form="graph")
         gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
         return leaves, uppers, {n: g for n, g in zip(leaves, gradient, strict=True) if g is not None}
 
     def _product(self, v: Shards) -> Shards:
         total: Tensors = {}
+        pulling = self._hooks.transposed(v)
         for leaves, _, gradient in self._graphs:
-            accumulate(total, _pull(gradient, v, leaves), len(self._graphs) * self._loss.scale)
-        return self._lower.vector(self._lower.engine.average_gradients(total))
+            accumulate(total, _pull(gradient, pulling, leaves), len(self._graphs) * self._loss.scale)
+        return self._hooks.projected(self._lower.vector(self._lower.engine.average_gradients(total)))
 
     def mixed(self, v: Shards) -> dict[str, Shards]:
         """``grad_lambda <grad_w L, v>`` out of the same graph, for the upper blocks it was made with.
@@ -122,10 +126,11 @@ class RetainedHessian(HessianOperator):
             One vector per upper block, mean over ranks and micro-batches.
         """
         found = {}
+        pulling = self._hooks.transposed(v)
         for key, block in self._uppers.items():
             total: Tensors = {}
             for _, uppers, gradient in self._graphs:
-                accumulate(total, _pull(gradient, v, uppers[key]), len(self._graphs) * self._loss.scale)
+                accumulate(total, _pull(gradient, pulling, uppers[key]), len(self._graphs) * self._loss.scale)
             found[key] = block.vector(block.engine.average_gradients(total))
         return found
 
@@ -146,12 +151,13 @@ def _pull(gradient: Mapping[str, Tensor], v: Shards, leaves: Mapping[str, Tensor
     outputs = {n: g for n, g in gradient.items() if g.requires_grad}
     if not outputs:
         return {n: torch.zeros_like(t) for n, t in leaves.items()}
-    found = torch.autograd.grad(
-        list(outputs.values()),
-        list(leaves.values()),
-        [v[n] for n in outputs],
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with second_pass():
+        found = torch.autograd.grad(
+            list(outputs.values()),
+            list(leaves.values()),
+            [v[n] for n in outputs],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
     return dict(zip(leaves, found, strict=True))

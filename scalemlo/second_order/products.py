@@ -11,16 +11,20 @@ over reverse: dual numbers outside, reverse mode inside. Where the wanted parame
 forward directional derivative of its losses. Elsewhere units are rematerialised (:mod:`.remat`), so that two units'
 weights, the root's and one block's, are gathered at most.
 
-Modules run on their skeletons, in the precision of the live modules, with attention in torch's own operations: fused
-kernels have neither forward nor second derivatives.
+First derivatives are taken by torch's own autograd, units rematerialised by ``torch.utils.checkpoint``, so that they
+pass whatever the training step passes: any kernel, any ``autograd.Function``, hooks.
+
+Modules run on their skeletons, in the precision of the live modules, from the state in which the step's first pass
+found them; where second derivatives are taken, with attention in torch's own operations: fused kernels have neither
+forward nor second derivatives.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -32,14 +36,22 @@ from ..engines.base import Engine, ParameterBlock
 from ..rng import seeded
 from ..shards import Shards
 from .errors import DerivativeError, explained
+from .evaluation import Form
 from .finite_difference import CentralDifference
-from .safety import guarded
+from .gradient_hooks import GradientHooks
+from .operations import evaluation
 from .skeleton import Lender
-from .stop_gradient import NoGradIsConstant
 
 Blocks = Mapping[str, ParameterBlock]
 Vector = tuple[ParameterBlock, Shards]
 """A vector and the parameters it belongs to."""
+
+
+class Entry(Protocol):
+    """The state of Python from which all passes of one step start."""
+
+    def replayed(self) -> AbstractContextManager[None]:
+        """Context that starts from it, and puts back at its end what it found."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class LossAt:
         required: An engine it must call, if any: derivatives by its weights would otherwise be silently zero.
         point: Weights to use in the place of the live ones.
         scale: What reverse passes multiply the loss with and divide their results by, against underflow in fp16.
+        entry: The state that passes start from; None for that which is there.
+        seen: If given, each pass of second derivatives appends this rank's loss to it.
     """
 
     evaluate: Callable[[Any], Tensor]
@@ -63,6 +77,8 @@ class LossAt:
     required: Engine | None
     point: Sequence[Vector] = ()
     scale: float = 1.0
+    entry: Entry | None = None
+    seen: list[float] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +92,13 @@ class LossAt:
     def value(self) -> float:
         """The loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self.running(), torch.no_grad():
+        with self.running("plain"), torch.no_grad():
             for batch in self.batches:
                 total += self.local_loss(batch, self.weights())
         return float(all_reduce_mean_(total / len(self.batches)))
 
     def gradient(self, wanted: Blocks) -> dict[str, Shards]:
-        """First derivatives, at weights that need not be the live ones.
+        """First derivatives, at weights that need not be the live ones: what the training step would follow.
 
         Args:
             wanted: Parameters by any key.
@@ -95,10 +111,13 @@ class LossAt:
     def tangents(self, moving: Sequence[Vector], wanted: Blocks) -> dict[str, Shards]:
         """``d/de`` of the gradient by the wanted parameters while others move; see the module's docstring.
 
+        Where the step's gradient g by the moving parameters w is none of its loss (hooks change it, rows of padding get
+        none), this is the derivative of g all the same: ``d<g, u>/dq`` for directions u of w.
+
         An operation without the derivative, or a weight used behind its unit's back, is a :class:`DerivativeError`.
 
         Args:
-            moving: Directions, linear in all of them together.
+            moving: Directions u, linear in all of them together.
             wanted: Parameters by any key.
 
         Returns:
@@ -111,7 +130,7 @@ class LossAt:
     def gradient_and_tangents(
         self, moving: Sequence[Vector], wanted: Blocks
     ) -> tuple[dict[str, Shards], dict[str, Shards]]:
-        """:meth:`gradient` and :meth:`tangents` out of one pass, which has both."""
+        """:meth:`gradient`, and how it changes along directions in which parameters move, out of one pass."""
         moving, factor = self._of_the_size_of_weights(moving)
         gradient, tangents = self._differentiate(moving, wanted, [_primal, _tangent])
         return gradient, {key: x.mul_(1 / factor) for key, x in tangents.items()} if factor != 1.0 else tangents
@@ -145,11 +164,18 @@ class LossAt:
         parts: Sequence[Callable[[Tensor], Tensor | None]],
         difference: CentralDifference | None = None,
     ) -> list[dict[str, Shards]]:
+        if not moving and difference is None:
+            return [self._first_order(wanted)]
+        follows = parts == [_primal, _tangent]  # how the gradient moves, not what pulls at it
+        hooks = {key: GradientHooks.of(block) for key, block in wanted.items()}
+        if not follows:
+            moving = [(block, GradientHooks.of(block).transposed(direction)) for block, direction in moving]
         totals: list[dict[str, dict[str, Tensor]]] = [{key: {} for key in wanted} for _ in parts]
-        dual = fwAD.dual_level() if moving or difference else nullcontext()
-        with explained(), self.running():
+        seen: list[Tensor] = []
+        form: Form = "along" if follows else "dual"
+        with explained(), self.running(form):
             for batch in self.batches:
-                with dual:
+                with fwAD.dual_level():
                     weights = self.weights()
                     for block, direction in moving:
                         held = weights[block.engine]
@@ -159,34 +185,75 @@ class LossAt:
                         difference.start()
                     leaves = {key: {n: weights[b.engine][n] for n in b.names} for key, b in wanted.items()}
                     loss = partial(
-                        self._loss_of_leaves, batch, weights, moving, wanted, difference, parts == [_tangent]
+                        self._loss_of_leaves, batch, weights, moving, wanted, difference, form, parts == [_tangent]
                     )
-                    gradients = torch.func.grad(loss)(leaves)
+                    gradients, value = torch.func.grad_and_value(loss)(leaves)
+                    if self.seen is not None:
+                        seen.append(_primal(value).detach())
                     for key, by_name in gradients.items():
                         for name in list(by_name):  # one after the other: each dual gradient is freed when it is added
                             gradient = by_name.pop(name)
                             for part, total in zip(parts, totals, strict=True):
                                 accumulate(total[key], {name: part(gradient)}, len(self.batches) * self.scale)
-        return [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
+        if self.seen is not None:
+            self.seen.append(float(torch.stack(seen).double().mean()) / self.scale)
+        found = [{key: _average(block, total[key]) for key, block in wanted.items()} for total in totals]
+        moves = {(block.engine, n) for block, _ in moving for n in block.names}
+        for part, by_key in zip(parts, found, strict=True):
+            for key, block in wanted.items():
+                if part is _primal or follows:
+                    by_key[key] = hooks[key].applied(by_key[key])
+                elif any((block.engine, n) in moves for n in block.names):  # what no step moves is no variable
+                    by_key[key] = hooks[key].projected(by_key[key])
+        return found
 
-    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, tangents_only, leaves) -> Tensor:
+    def _first_order(self, wanted: Blocks) -> dict[str, Shards]:
+        """First derivatives by torch's autograd, through every parameter that is trained."""
+        total: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
+        with explained(), self.running("plain"), torch.enable_grad():
+            for batch in self.batches:
+                weights = self.weights()
+                for engine, held in weights.items():
+                    for name in engine.trained:
+                        held[name] = held[name].detach().requires_grad_()
+                loss = self.scale * self.local_loss(batch, weights, wanted.values(), form="plain")
+                leaves = [weights[block.engine][n] for block in wanted.values() for n in block.names]
+                found = iter(
+                    torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+                )
+                for key, block in wanted.items():
+                    accumulate(total[key], {n: next(found) for n in block.names}, len(self.batches) * self.scale)
+        averages = {key: _average(block, total[key]) for key, block in wanted.items()}
+        return {key: GradientHooks.of(block).applied(averages[key]) for key, block in wanted.items()}
+
+    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, form, tangents_only, leaves) -> Tensor:
         traced = {engine: dict(held) for engine, held in weights.items()}
         for key, block in wanted.items():
             traced[block.engine] |= leaves[key]
-        with NoGradIsConstant():
-            blocks = [*(block for block, _ in moving), *wanted.values()]
-            return self.scale * self.local_loss(batch, traced, blocks, difference, tangents_only=tangents_only)
+        blocks = [*(block for block, _ in moving), *wanted.values()]
+        return self.scale * self.local_loss(batch, traced, blocks, difference, form=form, tangents_only=tangents_only)
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Random numbers, attention and guarded operations as every pass of this loss needs them."""
-        with seeded(self.seed, self.device), sdpa_kernel(SDPBackend.MATH), guarded():
+    def running(self, form: Form) -> Iterator[None]:
+        """Random numbers, the state of Python and attention as a pass of this loss needs them.
+
+        Args:
+            form: Of the derivative.
+
+        Yields:
+            Nothing.
+        """
+        kernels = nullcontext() if form == "plain" else sdpa_kernel(SDPBackend.MATH)
+        state = nullcontext() if self.entry is None else self.entry.replayed()
+        with seeded(self.seed, self.device), state, kernels:
+            for engine in self.engines:
+                engine.skeleton.mirror()
             yield
 
     def weights(self) -> dict[Engine, dict[str, Tensor]]:
         """Local shards of all parameters, at this point."""
-        weights = {engine: {n: engine.local(n) for n in engine.parameters} for engine in self.engines}
+        weights = {engine: {n: engine.constant(n) for n in engine.parameters} for engine in self.engines}
         for block, shards in self.point:
             weights[block.engine] |= shards
         return weights
@@ -195,20 +262,20 @@ class LossAt:
         self,
         batch: Any,
         weights: Mapping[Engine, Mapping[str, Tensor]],
-        traced: Sequence[ParameterBlock] = (),
+        traced: Collection[ParameterBlock] = (),
         difference: CentralDifference | None = None,
         *,
-        keep_graph: bool = False,
+        form: Form = "plain",
         tangents_only: bool = False,
     ) -> Tensor:
-        """This rank's loss on one micro-batch with given shards.
+        """This rank's loss on one micro-batch with given shards; inside :meth:`running`.
 
         Args:
             batch: The micro-batch.
             weights: Local shards of every engine.
             traced: Blocks whose shards carry derivatives; the rest is gathered apart from them, at half the bytes.
             difference: Runs the module of its own engine, if given.
-            keep_graph: Whether units keep the graph of their forward instead of running again in the backward.
+            form: Of the derivative: ``"graph"`` keeps the graph of every unit, the others run units again.
             tangents_only: Whether of dual gradients only the tangents are wanted.
 
         Returns:
@@ -218,6 +285,7 @@ class LossAt:
             DerivativeError: If the loss never calls the module of the engine that it must call.
         """
         called: set[Engine] = set()
+        runs_again = bool(traced) and difference is None and form != "graph"
         with ExitStack() as stack:
             for engine in self.engines:
                 groups = [set(block.names) for block in traced if block.engine is engine]
@@ -226,14 +294,17 @@ class LossAt:
                 lender = Lender(
                     weights[engine],
                     partial(_gather_apart, engine, groups, moved, tangents_only),
+                    trained=engine.trained,
                     at_once=engine.group is None,
-                    remat=bool(traced) and difference is None and not keep_graph,
+                    units=("checkpoint" if form == "plain" else "remat") if runs_again else "not",
+                    form=form,
                 )
                 run = partial(_run, engine, lender)
                 if difference is not None and engine is difference.lower.engine:
                     run = partial(difference.call, lender)
                 stack.enter_context(engine.functional(partial(_noting, called, engine, run)))
-            loss = self.evaluate(batch)
+            watched = stack.enter_context(evaluation(form).active())
+            loss = watched.resolve(self.evaluate(batch))
         if self.required is not None and self.required not in called:
             raise DerivativeError(
                 f"the loss of level '{self.required.name}' never calls its module through `self.module`: derivatives "

@@ -1,23 +1,16 @@
-"""What must not reach a second derivative: kernels that have none, and operations whose formulas are wrong.
+"""What must not reach a second derivative: kernels that have none.
 
-Three fences. :func:`make_safe` switches a skeleton, a copy of the module, to implementations in torch's own operations
+Two fences. :func:`make_safe` switches a skeleton, a copy of the module, to implementations in torch's own operations
 where the model's config names one. :func:`find_foreign_kernel` finds layers that cannot be switched; a derivative
-through them is refused. :func:`guarded` watches single operations while a skeleton runs. What raises by itself is left
-to :func:`.errors.explained`. Each row of this file has one in ``tests/test_op_audit.py`` or ``tests/test_families.py``.
+through them is refused. Single operations are watched by :mod:`.operations`, and what raises by itself is left to
+:func:`.errors.explained`. Each row of this file has one in ``tests/test_op_audit.py`` or ``tests/test_families.py``.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import nn
 
 from .attention import chunked_name
-from .errors import DerivativeError
 
 # ---- switched on the copy ------------------------------------------------------------------------------------------
 SAFE_EXPERTS = ("eager", "batched_mm")
@@ -113,72 +106,3 @@ def find_foreign_kernel(module: nn.Module) -> str | None:
                     f"second derivatives: {FOREIGN_KERNELS[package]}."
                 )
     return None
-
-
-# ---- single operations ---------------------------------------------------------------------------------------------
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Watch the operations of a derivative in this thread: see :class:`Guard`."""
-    if any(isinstance(mode, Guard) for mode in _get_current_function_mode_stack()):
-        yield
-        return
-    with Guard():
-        yield
-
-
-class Guard(TorchFunctionMode):
-    """Puts right, or refuses, operations whose second derivatives are wrong without an error.
-
-    - Random masks shaped like a tensor are drawn for its contiguous copy: inside ``torch.func`` they are filled in
-      logical order, outside in memory order, and a rematerialised unit would not get its own mask back.
-    - Weight normalisation is written out: torch's fused one is wrong in double backward.
-    - The mean squared error is written out: its tangent formula cannot add to a target that does not move.
-    - Products by ``scatter_reduce`` are refused: their second derivative is wrong.
-    """
-
-    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
-        """Run one operation."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _RANDOM_LIKE and args and isinstance(args[0], Tensor):
-            in_place = name.endswith("_") or kwargs.get("inplace") or (func in _DROPOUT and args[3:4] == (True,))
-            args = (_dense(name, args[0], bool(in_place)), *args[1:])
-        elif func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs)
-        elif func is F.mse_loss and not any(v is not None for k, v in kwargs.items() if k != "reduction"):
-            squares = (args[0] - args[1]).square()
-            return {"mean": squares.mean, "sum": squares.sum}.get(kwargs.get("reduction", "mean"), lambda: squares)()
-        elif name in ("scatter_reduce", "scatter_reduce_") and _says((*args, *kwargs.values()), "prod"):
-            raise DerivativeError(
-                "scatter_reduce(reduce='prod') has a wrong second derivative in torch. Sum logarithms with "
-                "scatter_add and take the exponential, or put it behind torch.no_grad()."
-            )
-        return func(*args, **kwargs)
-
-
-_DROPOUT = (F.dropout, F.alpha_dropout)
-_RANDOM_LIKE = frozenset(
-    ("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "native_dropout", "rrelu", "rrelu_", "bernoulli")
-    + ("rand_like", "randn_like", "randint_like")
-)
-
-
-def _says(arguments: Iterable[object], word: str) -> bool:
-    return any(isinstance(x, str) and x == word for x in arguments)
-
-
-def _dense(name: str, x: Tensor, in_place: bool) -> Tensor:
-    if x.is_contiguous():
-        return x
-    if in_place:
-        raise DerivativeError(
-            f"{name} in place on a tensor that is not contiguous draws another mask when it runs again. Use "
-            "inplace=False, or call .contiguous() before it."
-        )
-    return x.contiguous()
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / |v|``, the norm over every dimension but one, or over all for ``dim = -1``."""
-    over = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
-    return v * (g / v.square().sum(over, keepdim=dim != -1).sqrt())

@@ -1,22 +1,10 @@
-"""Stop-gradients are constants of every derivative, whichever way the derivative is taken."""
+"""Stop-gradients held at their values, for differences: inside derivatives :mod:`.evaluation` makes them constants."""
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
-
-class NoGradIsConstant(TorchFunctionMode):
-    """Values computed under ``torch.no_grad()`` carry no tangent.
-
-    Reverse mode treats them as constants; forward mode by itself does not ("this API does not apply to forward-mode
-    AD", says the documentation of ``no_grad``). While active, both agree. ``detach()`` needs no help.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Detach what is computed while gradients are off."""
-        out = func(*args, **(kwargs or {}))
-        return out if torch.is_grad_enabled() else tree_map(_detached, out)
+from .evaluation import inside_function
 
 
 class Constants(TorchFunctionMode):
@@ -37,15 +25,13 @@ class Constants(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Record or replace the outcome of a stop-gradient."""
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_floating_point() and (func in _DETACH or not torch.is_grad_enabled()):
+        if not (isinstance(out, Tensor) and out.is_floating_point()):
+            return out
+        if func in _DETACH or not (torch.is_grad_enabled() or inside_function()):
             if self._replay is not None:
-                return next(self._replay)
-            self.values.append(out)
+                return next(self._replay).clone()  # which may be written into
+            self.values.append(out.clone())
         return out
 
 
 _DETACH = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # ty: ignore[missing-attribute]
-
-
-def _detached(x):
-    return x.detach() if isinstance(x, Tensor) else x
