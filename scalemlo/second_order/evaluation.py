@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MethodWrapperType
 from typing import Any, Literal
 
@@ -76,8 +76,7 @@ class Scope:
             meaning: What operations on it are to compute with.
         """
         if x is not meaning:
-            key = id(x)
-            self._replaced[key] = weakref.ref(x, lambda _: self._replaced.pop(key, None)), meaning
+            self._replaced[id(x)] = weakref.ref(x, partial(_forget, weakref.ref(self), id(x))), meaning
 
     def resolve(self, x: Tensor) -> Tensor:
         """What an object stands for."""
@@ -86,6 +85,10 @@ class Scope:
             x = found[1]
             found = self._replaced.get(id(x))
         return x
+
+    def release(self) -> None:
+        """Forget everything: what tensors stand for may belong to a graph that leads back here."""
+        self._replaced.clear()
 
     @property
     def is_empty(self) -> bool:
@@ -100,6 +103,12 @@ class Scope:
 
     def created(self, out: Any, depends: bool) -> None:
         """An operation has ended."""
+
+
+def _forget(scope: "weakref.ref[Scope]", key: int, _: object) -> None:
+    held = scope()
+    if held is not None:
+        held._replaced.pop(key, None)
 
 
 class Evaluation(TorchFunctionMode):
@@ -169,6 +178,11 @@ class Evaluation(TorchFunctionMode):
             yield
         finally:
             self.scopes = before
+
+    def release(self) -> None:
+        """Forget what tensors stand for, when the derivative has been taken."""
+        for scope in self.scopes:
+            scope.release()
 
     def replace(self, x: Tensor, meaning: Tensor) -> None:
         """See :meth:`Scope.replace`, in the innermost scope."""
@@ -312,6 +326,14 @@ class Run(Scope):
         self._expected = operations
         self._is_first = operations is None
         self._count = 0
+
+    def resolve(self, x: Tensor) -> Tensor:
+        """See :meth:`Scope.resolve`; integers and masks from outside have no derivative, and are taken as they are."""
+        x = super().resolve(x)
+        if functorch.maybe_get_level(x) > self.level and not (x.is_floating_point() or x.is_complex()):
+            self.replace(x, plain(x))
+            return super().resolve(x)
+        return x
 
     def started(self, func: Callable) -> None:
         """See :meth:`Scope.started`."""
@@ -484,6 +506,8 @@ def _unwrapped(x: Tensor) -> Tensor:
 @cache
 def _writes_by_name(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
+    if name in ("requires_grad_", "detach_", "share_memory_", "rename_"):
+        return False
     return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
 
 

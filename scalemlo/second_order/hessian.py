@@ -12,6 +12,7 @@ from ..engines.base import Engine, ParameterBlock
 from ..shards import Shards
 from .errors import explained
 from .gradient_hooks import GradientHooks
+from .operations import evaluation
 from .products import Blocks, LossAt, accumulate
 from .unfollowed import second_pass
 
@@ -105,7 +106,7 @@ class RetainedHessian(HessianOperator):
         leaves = _leaves(weights, self._lower)
         uppers = {key: _leaves(weights, block) for key, block in self._uppers.items()}
         blocks = [self._lower, *self._uppers.values()]
-        loss = self._loss.scale * self._loss.local_loss(batch, weights, blocks, form="graph")
+        loss = self._loss.scale * self._loss.local_loss(batch, weights, blocks, watched=evaluation("graph"))
         gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
         return leaves, uppers, {n: g for n, g in zip(leaves, gradient, strict=True) if g is not None}
 

@@ -36,7 +36,7 @@ from ..engines.base import Engine, ParameterBlock
 from ..rng import seeded
 from ..shards import Shards
 from .errors import DerivativeError, explained
-from .evaluation import Form
+from .evaluation import Evaluation, Form
 from .finite_difference import CentralDifference
 from .gradient_hooks import GradientHooks
 from .operations import evaluation
@@ -184,10 +184,12 @@ class LossAt:
                     if difference is not None:
                         difference.start()
                     leaves = {key: {n: weights[b.engine][n] for n in b.names} for key, b in wanted.items()}
+                    watched = evaluation(form)
                     loss = partial(
-                        self._loss_of_leaves, batch, weights, moving, wanted, difference, form, parts == [_tangent]
+                        self._loss_of_leaves, batch, weights, moving, wanted, difference, watched, parts == [_tangent]
                     )
                     gradients, value = torch.func.grad_and_value(loss)(leaves)
+                    watched.release()
                     if self.seen is not None:
                         seen.append(_primal(value).detach())
                     for key, by_name in gradients.items():
@@ -216,7 +218,7 @@ class LossAt:
                 for engine, held in weights.items():
                     for name in engine.trained:
                         held[name] = held[name].detach().requires_grad_()
-                loss = self.scale * self.local_loss(batch, weights, wanted.values(), form="plain")
+                loss = self.scale * self.local_loss(batch, weights, wanted.values())
                 leaves = [weights[block.engine][n] for block in wanted.values() for n in block.names]
                 found = iter(
                     torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
@@ -226,12 +228,14 @@ class LossAt:
         averages = {key: _average(block, total[key]) for key, block in wanted.items()}
         return {key: GradientHooks.of(block).applied(averages[key]) for key, block in wanted.items()}
 
-    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, form, tangents_only, leaves) -> Tensor:
+    def _loss_of_leaves(self, batch, weights, moving, wanted, difference, watched, tangents_only, leaves) -> Tensor:
         traced = {engine: dict(held) for engine, held in weights.items()}
         for key, block in wanted.items():
             traced[block.engine] |= leaves[key]
         blocks = [*(block for block, _ in moving), *wanted.values()]
-        return self.scale * self.local_loss(batch, traced, blocks, difference, form=form, tangents_only=tangents_only)
+        return self.scale * self.local_loss(
+            batch, traced, blocks, difference, watched=watched, tangents_only=tangents_only
+        )
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
@@ -265,7 +269,7 @@ class LossAt:
         traced: Collection[ParameterBlock] = (),
         difference: CentralDifference | None = None,
         *,
-        form: Form = "plain",
+        watched: Evaluation | None = None,
         tangents_only: bool = False,
     ) -> Tensor:
         """This rank's loss on one micro-batch with given shards; inside :meth:`running`.
@@ -275,7 +279,8 @@ class LossAt:
             weights: Local shards of every engine.
             traced: Blocks whose shards carry derivatives; the rest is gathered apart from them, at half the bytes.
             difference: Runs the module of its own engine, if given.
-            form: Of the derivative: ``"graph"`` keeps the graph of every unit, the others run units again.
+            watched: How operations run, by default as for first derivatives. In the form ``"graph"`` the graph of every
+                unit is kept, in the others units run again.
             tangents_only: Whether of dual gradients only the tangents are wanted.
 
         Returns:
@@ -284,8 +289,9 @@ class LossAt:
         Raises:
             DerivativeError: If the loss never calls the module of the engine that it must call.
         """
+        watched = watched or evaluation("plain")
         called: set[Engine] = set()
-        runs_again = bool(traced) and difference is None and form != "graph"
+        runs_again = bool(traced) and difference is None and watched.form != "graph"
         with ExitStack() as stack:
             for engine in self.engines:
                 groups = [set(block.names) for block in traced if block.engine is engine]
@@ -296,14 +302,14 @@ class LossAt:
                     partial(_gather_apart, engine, groups, moved, tangents_only),
                     trained=engine.trained,
                     at_once=engine.group is None,
-                    units=("checkpoint" if form == "plain" else "remat") if runs_again else "not",
-                    form=form,
+                    units=("checkpoint" if watched.form == "plain" else "remat") if runs_again else "not",
+                    form=watched.form,
                 )
                 run = partial(_run, engine, lender)
                 if difference is not None and engine is difference.lower.engine:
                     run = partial(difference.call, lender)
                 stack.enter_context(engine.functional(partial(_noting, called, engine, run)))
-            watched = stack.enter_context(evaluation(form).active())
+            stack.enter_context(watched.active())
             loss = watched.resolve(self.evaluate(batch))
         if self.required is not None and self.required not in called:
             raise DerivativeError(

@@ -149,6 +149,7 @@ class _Call:
         self._operations: list[Callable] | None = None
         self._left: list[int] = []  # numbers of what is left behind
         self._written: list[int] = []  # of the copied inputs, those that were written into
+        self._last: Run | None = None
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Primal outputs; the tangents are kept for :meth:`tangents`, which is asked next."""
@@ -171,6 +172,9 @@ class _Call:
 
             pull = torch.func.vjp(of_wanted, *(inputs[i] for i in indices))[1]
             gradients = pull(tuple(cotangents))
+        assert self._last is not None, "it has just run"
+        self._last.release()  # calls inside it have been pulled back too
+        self._last = None
         outside.restore()
         with _derivatives_enabled():
             return self._split(gradients)
@@ -221,6 +225,7 @@ class _Call:
                 self._look_at_outcome(run, out, inputs)
         else:
             run.check_end()
+            self._last = run
         left = [run.resolve(x) for x in run.kept.values()]
         return (*(out[i] for i in self._floating), *left, *(run.resolve(inputs[i]) for i in self._written))
 

@@ -174,8 +174,10 @@ class Skeleton:
         if lender is None or (lender.at_once and lender.units == "not"):
             return forward(*args, **kwargs)
 
+        gathered: list[Mapping[str, Tensor]] = []  # of a first run that must begin anew, on one rank only perhaps
+
         def with_shards(shards: Mapping[str, Tensor], args: tuple, kwargs: dict) -> object:
-            with _borrowed(lender, [unit], shards):
+            with _borrowed(lender, [unit], shards, gathered):
                 return forward(*args, **kwargs)
 
         shards = {name: lender.shards[name] for name in unit.names}
@@ -184,10 +186,14 @@ class Skeleton:
         objects = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
         capture = partial(PythonState.of, [self.module.get_submodule(unit.name)], objects=objects)
         if lender.units == "remat":
-            return remat(with_shards, shards, args, kwargs, capture=capture)
+            try:
+                return remat(with_shards, shards, args, kwargs, capture=capture)
+            finally:
+                gathered.clear()
         replay = Replay(capture)
 
         def replayed(*given: Any) -> object:
+            gathered.clear()
             with replay.running():
                 return with_shards(*given)
 
@@ -195,14 +201,22 @@ class Skeleton:
 
 
 @contextmanager
-def _borrowed(lender: Lender, units: Iterable[Unit], shards: Mapping[str, Tensor]) -> Iterator[None]:
+def _borrowed(
+    lender: Lender,
+    units: Iterable[Unit],
+    shards: Mapping[str, Tensor],
+    gathered: list[Mapping[str, Tensor]] | None = None,
+) -> Iterator[None]:
     """Have whole weights in the place of the parameters of some units for the duration.
 
-    They answer what the live ones would when they are asked, and must not be written into.
+    They answer what the live ones would when they are asked, and must not be written into. What an earlier attempt has
+    gathered is used again: a collective that one rank alone makes anew would hang them all.
     """
     watched = current_evaluation()
     with nullcontext() if watched is None else watched.at():  # a gather is no operation of the module
-        weights = lender.gather(shards)
+        weights = gathered[0] if gathered else lender.gather(shards)
+        if gathered is not None and not gathered:
+            gathered.append(weights)
         addresses = [memory(t) for t in weights.values()]
     for name, t in weights.items():
         (mark_trained if name in lender.trained else mark_parameter)(t)
