@@ -8,17 +8,19 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from .distributed import is_main_process
+from .distributed import any_rank, is_main_process
 from .graph import LevelGraph
 from .hypergradients import ImplicitHypergradient, Result
 from .scheduler import Scheduler
 from .second_order.errors import DerivativeError
-from .second_order.ghost import TOLERANCE, GhostProducts, disagreement, relative_difference
+from .second_order.ghost import GhostProducts, disagreement
 from .shards import Shards
 from .tracking import History
 from .training import GradientResult, LevelTrainer
+from .verification import GRADIENT_TOLERANCE, Hop, Verification, error_of_products, precision_of
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class TickGradients:
         nonfinite: ``"raise"`` or ``"skip"``.
         watchdog: Is told each phase.
         scheduler: Has what a phase needs on the device.
+        verification: When derivatives are compared with the live modules.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class TickGradients:
         nonfinite: str,
         watchdog: Watchdog,
         scheduler: Scheduler,
+        verification: Verification,
     ):
+        self.verification = verification
         self._graph, self._trainers, self._history, self._nonfinite = graph, trainers, history, nonfinite
         self._watchdog, self._scheduler = watchdog, scheduler
         self.outer_step = 1
@@ -65,7 +70,7 @@ class TickGradients:
         self._pulls: dict[str, list[Shards]] = {}  # on lower levels at this tick, of estimators that change their loss
         self._reached: dict[str, set[str]] = {name: set() for name in trainers}
         self._probed: set[str] = set()
-        self._verified: set[str] = set()  # levels whose ghost products have been compared with the forward derivative
+        self._plain_values: set[tuple[str, str]] = set()  # of levels, the gradients of whose losses nothing changes
         self._without_products: dict[str, str] = {}  # why levels that leave it open take the forward derivative
         for trainer in trainers.values():
             trainer.gradient = lambda trainer=trainer: self.of(trainer)
@@ -79,15 +84,15 @@ class TickGradients:
         return {
             "reached": {name: sorted(parameters) for name, parameters in self._reached.items()},
             "probed": sorted(self._probed),
-            "verified": sorted(self._verified),
             "without_products": dict(self._without_products),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what :meth:`state_dict` gave."""
         self._reached = {name: set(parameters) for name, parameters in state["reached"].items()}
-        self._probed, self._verified = set(state["probed"]), set(state["verified"])
+        self._probed = set(state["probed"])
         self._without_products = dict(state["without_products"])
+        self.verification.forget()
         self.clear()
 
     def take(self, name: str) -> Shards:
@@ -164,8 +169,31 @@ class TickGradients:
         self._check_finite(result.loss, trainer, "loss")
         self._check_direct_gradient(trainer, result, wanted[1:], dependent)
         adjoints = result.gradients
+        for lower in wanted[1:]:
+            if lower.unrolls:
+                adjoints[lower.name] = self._gradient_of_value(trainer, lower, adjoints[lower.name])
         self._sweep(adjoints, trainer, ())
         return result.loss, adjoints[name]
+
+    def _gradient_of_value(self, trainer: LevelTrainer, lower: LevelTrainer, v: Shards) -> Shards:
+        """The derivative of a loss by lower weights that steps have made: no step follows it, so nothing changes it.
+
+        Hooks and rows of padding change gradients, and v is a gradient as the live module gives it. Where they do not,
+        it is enough to have seen so once.
+        """
+        pair = trainer.name, lower.name
+        is_due = self.verification.is_due(lower, self.outer_step)
+        if pair in self._plain_values and not is_due:
+            return v
+        with self._beside(trainer):
+            loss = replace(trainer.loss_at(), required=lower.engine)
+            exact = loss.gradient_of_value({lower.name: lower.block})[lower.name]
+        limit = GRADIENT_TOLERANCE[precision_of(lower)]
+        if float((exact - v).norm()) <= limit * float(v.norm()):
+            self._plain_values.add(pair)
+            return v
+        self._plain_values.discard(pair)
+        return exact
 
     def _check_direct_gradient(
         self,
@@ -235,30 +263,44 @@ class TickGradients:
     ) -> dict[str, Shards]:
         """One hop: from the lower level's weights to the levels that it goes on to."""
         problem, estimator = lower.asked_by(level, onward, fixed), lower.estimator
+        is_ghost = False
         if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator, onward):
             with self.phase(lower, "solve", level):
                 result = estimator.solve(v, problem)
-            by_weights = [t for t in onward if t.name in self._graph.uppers(lower.name)]
-            if not by_weights:
-                raise DerivativeError(
-                    f"level {lower.name!r}: mixed='ghost' gives products with the weights of examples, which levels "
-                    "above decide, but its loss reads only levels below. Use mixed='forward'."
-                )
-            products = self._gradient_with_products(lower, result.value, by_weights, estimator.mixed == "ghost")
-            in_losses = [t for t in onward if t not in by_weights]  # levels below, which the losses themselves read
-            if in_losses:
-                products |= self._forward_mixed(lower, result.value, in_losses)
+            products, is_ghost = self._products(lower, result.value, onward, estimator.mixed == "ghost")
             found = {n: -x for n, x in products.items()}
         else:
             with self.phase(lower, "hypergradient", level):
                 found, result = estimator.pull_back(v, problem)
             if isinstance(estimator, ImplicitHypergradient) and estimator.chooses_method:
                 self.note(f"ghost/{lower.name}", 0.0)
+        if found and not fixed and self.verification.is_due(lower, self.outer_step):
+            is_implicit = isinstance(estimator, ImplicitHypergradient)
+            pulled, mixed = (result.value, {n: -x for n, x in found.items()}) if is_implicit else (v, {})
+            with self._beside(lower, level):
+                Hop(lower, onward, is_ghost=is_ghost).verify(pulled, mixed)
+            self.verification.done(lower, self.outer_step)
         self._note_solve(lower, result)
         if result.pull is not None:
             assert lower.name not in self._found, "upper levels come first"
             self._pulls.setdefault(lower.name, []).append(result.pull)
         return found
+
+    def _products(
+        self, lower: LevelTrainer, s: Shards, onward: Sequence[LevelTrainer], is_asked_for: bool
+    ) -> tuple[dict[str, Shards], bool]:
+        """Mixed partials with s, by ghost products where they can be had; and whether they could."""
+        by_weights = [t for t in onward if t.name in self._graph.uppers(lower.name)]
+        if not by_weights:
+            raise DerivativeError(
+                f"level {lower.name!r}: mixed='ghost' gives products with the weights of examples, which levels above "
+                "decide, but its loss reads only levels below. Use mixed='forward'."
+            )
+        products, is_ghost = self._gradient_with_products(lower, s, by_weights, is_asked_for)
+        in_losses = [t for t in onward if t not in by_weights]  # levels below, which the losses themselves read
+        if in_losses:
+            products |= self._forward_mixed(lower, s, in_losses)
+        return products, is_ghost
 
     def _takes_products(
         self, lower: LevelTrainer, estimator: ImplicitHypergradient, targets: Sequence[LevelTrainer]
@@ -275,11 +317,14 @@ class TickGradients:
 
     def _gradient_with_products(
         self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer], is_asked_for: bool
-    ) -> dict[str, Shards]:
+    ) -> tuple[dict[str, Shards], bool]:
         """Mixed partials out of the pass that also gives the lower level's gradient, which is kept for its step.
 
         Where the estimator leaves the method open, whatever stands against products (known on all ranks or on none)
         means the forward derivative: for good if it lies in the loss or the module, else for these batches.
+
+        Returns:
+            The mixed partials, and whether they are by products.
 
         Raises:
             DerivativeError: Where products were asked for and cannot be had.
@@ -296,42 +341,46 @@ class TickGradients:
             self.note(f"ghost/{name}", 0.0)
             self._without_products[name] = str(error)
             logger.debug("level %r: mixed partials by the forward derivative: %s", name, error)
-            return self._forward_mixed(lower, v, uppers)
+            return self._forward_mixed(lower, v, uppers), False
         mixed = {upper.name: result.gradients.pop(upper.name) for upper in uppers}
+        if ghost.refusal is None:
+            past = [u.name for u in uppers if any_rank(not result.reached[u.name])]
+            if past:  # it has no part in the weights
+                self._without_products[name] = ghost.refusal = (
+                    f"ghost products: level {past[0]!r} enters the losses themselves. Use mixed='forward'."
+                )
         if ghost.refusal is not None and is_asked_for:
             raise DerivativeError(f"level {name!r}: {ghost.refusal}")
-        is_good = ghost.refusal is None
+        if ghost.is_mixed and not self.verification.knows(lower):  # at its first use: so it will be
+            self._without_products[name] = str(ghost.refusal)
+        is_good = ghost.refusal is None and self._verify_products(lower, ghost, is_asked_for)
         if not is_good:
             mixed = self._forward_mixed(lower, v, uppers)
-        elif name not in self._verified:
-            expected = self._forward_mixed(lower, v, uppers)
-            is_good = self._verify(lower, mixed, expected, is_asked_for)
-            mixed = mixed if is_good else expected
         # A first gradient also notes which parameters of the levels above the loss reaches: only a good pass shows it.
         may_keep = is_good or name in self._probed
         if may_keep and name not in self._found and not self._graph.depends_on_best_responses(name):
             self._probed.add(name)
             self._keep_gradient(lower, result.loss, self._checked_gradient(lower, result), "gradient")
         self.note(f"ghost/{name}", float(is_good))
-        return mixed
+        return mixed, is_good
 
     def _forward_mixed(self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]) -> dict[str, Shards]:
         with self.phase(lower, "hypergradient"):
             return lower.compute_mixed(v, uppers, "forward")
 
-    def _verify(
-        self, lower: LevelTrainer, found: dict[str, Shards], expected: dict[str, Shards], is_asked_for: bool
-    ) -> bool:
-        """Compare the first products with the forward derivative; False where they must not be used.
+    def _verify_products(self, lower: LevelTrainer, ghost: GhostProducts, is_asked_for: bool) -> bool:
+        """Compare products with single examples' gradients where that is due; False where they must not be used.
 
         Raises:
             DerivativeError: Where products were asked for and are wrong.
         """
-        error, limit = relative_difference(found, expected), TOLERANCE[lower.engine.spec.dtype]
-        if math.isnan(error):  # nothing to compare with: zero or not finite
-            return False
+        is_new = any_rank(not self.verification.is_known(lower, ghost.kinds))
+        if not (is_new or self.verification.is_due(lower, self.outer_step)):
+            return True
+        with self._beside(lower):
+            error, limit = error_of_products(lower, ghost, self.outer_step)
         if error <= limit:
-            self._verified.add(lower.name)
+            self.verification.done_with(lower, ghost.kinds, self.outer_step)
             return True
         message = f"level {lower.name!r}: {disagreement(error, limit)}"
         if is_asked_for:
@@ -417,6 +466,16 @@ class TickGradients:
         ):
             yield
         self._history.note_moves(trainer.name, name, moves.num_bytes, moves.seconds)
+
+    @contextmanager
+    def _beside(self, trainer: LevelTrainer, asking: LevelTrainer | None = None) -> Iterator[None]:
+        """What is done now and then and belongs to no phase of an iteration."""
+        with (
+            self._watchdog.phase(self.outer_step, f"{trainer.name}: verify"),
+            self._scheduler.beside(trainer, asking),
+            self._history.phase(trainer.name, "verify", trainer.engine.device),
+        ):
+            yield
 
     def _note_solve(self, lower: LevelTrainer, result: Result) -> None:
         """Record how a solve ended; say once per level and ending what was not as asked for."""

@@ -25,6 +25,7 @@ from .shards import Shards
 from .tracking import History
 from .training import LevelTrainer
 from .undo import undone
+from .verification import VERIFY, Verification, Verify
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Program:
         phase_timeout_seconds: A run on several ranks in which one stays longer than this in one phase (a gradient, a
             solve, a step, the callbacks, a checkpoint), or between two, is ended: every rank prints where all are, and
             leaves with status 124. By default 25 minutes, before the process group gives up; None waits for ever.
+        verify: When derivatives are compared with the live modules, see :mod:`scalemlo.verification`: ``"first"``, at
+            the first use of each level's part, after each change of mode or resume, and every ``verify_every`` outer
+            steps; ``"always"``; or ``"off"``. What is off by more than rounding is an error that says what.
+        verify_every: See ``verify``.
         memory: How much of its device a rank may take, as ``"70GiB"`` or :class:`scalemlo.Memory`. States that a phase
             does not need then leave the device for the host or a disk where they must, see ``docs/memory.md``; results
             are the same bit for bit. None moves nothing.
@@ -74,8 +79,14 @@ class Program:
         nonfinite: Literal["raise", "skip"] = "raise",
         device: torch.device | None = None,
         phase_timeout_seconds: float | None = 1500.0,
+        verify: Verify = "first",
+        verify_every: int = 1000,
         memory: Memory | int | str | None = None,
     ):
+        if verify not in VERIFY:
+            raise ValueError(f"verify={verify!r} is unknown; choose one of {list(VERIFY)}.")
+        if not isinstance(verify_every, int) or verify_every < 1:
+            raise ValueError(f"verify_every={verify_every!r} must be an integer of at least 1.")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
         self._watchdog = Watchdog(phase_timeout_seconds)
@@ -93,7 +104,13 @@ class Program:
         below = {n: {m for m in self.graph.order if n in self.graph.ancestors(m)} for n in self.graph.order}
         self._scheduler = scheduler_of(self.trainers, self.device, below, memory)
         self._gradients = TickGradients(
-            self.graph, self.trainers, self.history, nonfinite, self._watchdog, self._scheduler
+            self.graph,
+            self.trainers,
+            self.history,
+            nonfinite,
+            self._watchdog,
+            self._scheduler,
+            Verification(verify, verify_every),
         )
         self.listener = Listener()
         self._stop = self._is_done = False

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .data import BatchStream
-from .distributed import all_reduce_mean_
+from .distributed import all_reduce_mean_, rank, world_size
 from .engines import Engine, ModuleView
 from .engines.base import ParameterBlock
 from .entry import StepEntry
 from .hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from .hypergradients.base import Method
 from .level import Level, check_loss
+from .ops import WeightedMeanTape
 from .rng import seeded
 from .second_order.ghost import GhostProducts
 from .second_order.hessian import HessianOperator, Products, hessian
@@ -139,6 +140,7 @@ class LevelTrainer:
         wanted: Sequence["LevelTrainer"],
         probe: Sequence["LevelTrainer"] = (),
         ghost: GhostProducts | None = None,
+        evaluate: Callable[[Any], Tensor] | None = None,
     ) -> GradientResult:
         """Gradient of this level's loss by the parameters of some levels, without a step.
 
@@ -147,6 +149,7 @@ class LevelTrainer:
             probe: Levels for which it is only noted which of their parameters the loss reaches.
             ghost: If given, ``wanted`` are this level and upper ones; what is returned for the upper ones is not the
                 gradient of the loss but the mixed partial with the direction of ``ghost``, from the same pass.
+            evaluate: In the place of :meth:`evaluate`: this rank's loss on one micro-batch.
 
         Returns:
             Loss, gradients, reached parameters.
@@ -162,7 +165,7 @@ class LevelTrainer:
                         stack.enter_context(engine.live_pass(wanted=engine in kept, last=last))
                     scale = self.scaler.scale / len(self.batches)
                     if ghost is None:
-                        loss = self.evaluate(batch)
+                        loss = (evaluate or self.evaluate)(batch)
                         self._backward(loss, scale, engines)
                     else:
                         with ghost.listening():
@@ -185,6 +188,35 @@ class LevelTrainer:
         for engine in engines:
             engine.clear_gradients()
         return GradientResult(float(all_reduce_mean_(total)), gradients, reached)
+
+    def products_of_examples(self, v: Shards, examples: Sequence[tuple[int, int]]) -> list[float]:
+        """``<grad l_i, v>`` by each example's own backward pass on the live module: first derivatives, any kernel.
+
+        For losses that are one :func:`scalemlo.weighted_mean`. Collective.
+
+        Args:
+            v: Direction.
+            examples: Of the first micro-batch, as (rank, position on it).
+
+        Returns:
+            One number per example.
+        """
+        engines, found = self._engines(), []
+        for of_rank, i in examples:
+            tape = WeightedMeanTape()
+            with seeded(self._seed, self.engine.device), self._leaving_one_trace(), ExitStack() as stack:
+                for engine in engines:
+                    stack.enter_context(engine.live_pass(wanted=engine is self.engine, last=True))
+                with tape.recording():
+                    self.evaluate(self.batches[0])
+                assert tape.losses is not None, "the caller has seen one"
+                mine = tape.losses[i] if of_rank == rank() else tape.losses[0] * 0.0
+                self._backward(mine, self.scaler.scale, [self.engine])
+            taken = self.engine.take_gradients(self.block.names)
+            for engine in engines:
+                engine.clear_gradients()
+            found.append(float(self.block.vector(taken).dot(v)) * world_size() / self.scaler.scale)
+        return found
 
     @property
     def entry(self) -> StepEntry:

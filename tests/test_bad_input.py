@@ -179,7 +179,10 @@ def test_modules_kept_under_another_name_are_refused():
             losses = (self._module(batch) - 1).square()  # the live module, past the engine
             return mlo.weighted_mean(losses, top(losses.detach().unsqueeze(-1)).squeeze(-1))
 
-    message = message_of(lambda: program(low=Raw), mlo.DerivativeError)
+    def with_estimator(estimator):
+        return program(low=Raw, low_options=dict(hypergradient=estimator))
+
+    message = message_of(lambda: with_estimator(mlo.Identity(mixed="forward")), mlo.DerivativeError)
     assert message.startswith("the loss of level 'low' never calls its module through `self.module`")
 
 

@@ -51,7 +51,7 @@ def test_one_process_reports_everything_and_two_ranks_follow_it(folder):
     done = scalemlo(folder)
     assert done.returncode == 0, done.stderr
     run = folder / "run"
-    for word in ("pretrained", "plain fine-tune", "reweighted", "AUROC", "hypergradient", "peak MiB"):
+    for word in ("pretrained", "plain fine-tune", "reweighted", "AUROC", "gradient and mixed partial", "peak MiB"):
         assert word in done.stdout
     assert "rater=" in done.stderr and "finetune=" in done.stderr  # one bar with a loss per level
     assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"

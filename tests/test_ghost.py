@@ -308,13 +308,14 @@ def one_is_zero(losses, rater, batch):
 REFUSED = {
     "a factor": (dict(finish=lambda loss, rater: 2 * loss), "nothing added and no factor"),
     "a regulariser": (dict(finish=lambda loss, rater: loss + rater(torch.ones(1, 1).double()).sum()), "nothing added"),
-    "weights of attached losses": (dict(weigh=attached), "detach the losses"),
+    "weights of attached losses": (dict(weigh=attached), "detach what the weights are computed from"),
     "a weight of zero": (dict(weigh=one_is_zero), "exactly 0"),
     "weights used directly": (dict(make=Direct), "linear.weight.*not called"),
     "batch normalisation": (
         dict(make=lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))),
         "'1' makes losses of one example depend on others",
     ),
+    "losses that mix examples": (dict(make=lambda: mixing()), r"mixes examples \(mean\)"),
     "rows that are no examples": (
         dict(make=lambda: nn.Sequential(Halved(), nn.Linear(5, 3), Joined())),
         "see 16 in the first dimension of the output of '1', not the 8 examples",
@@ -360,13 +361,64 @@ def mixing() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), Centred(), nn.Tanh(), nn.Linear(7, 3))
 
 
-def test_losses_that_mix_examples_are_found_out():
-    with pytest.raises(mlo.DerivativeError, match="differ from the forward derivative"):
-        classifier(mixing).step()
-    with pytest.warns(UserWarning, match="differ from the forward derivative.*is used from here on") as caught:
-        found = history_and_weights(classifier(mixing, mlo.Identity()), 3)
+class Twice(nn.Module):
+    """Uses a weight in its layer and past it, as no tap sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7, bias=False), nn.Linear(7, 3)
+
+    def forward(self, x):
+        z = self.first(x).tanh()
+        return self.last(z + 0.1 * (z @ self.first.weight @ self.first.weight.T))
+
+
+def test_products_that_are_wrong_are_found_out():
+    with pytest.raises(mlo.DerivativeError, match="differ from those of single examples' gradients"):
+        classifier(Twice).step()
+    with pytest.warns(UserWarning, match="single examples' gradients.*is used from here on") as caught:
+        found = history_and_weights(classifier(Twice, mlo.Identity()), 3)
     assert len([w for w in caught if "ghost" in str(w.message)]) == 1
-    assert_same_run(found, history_and_weights(classifier(mixing, FORWARD), 3), "train", 0.0)
+    assert_same_run(found, history_and_weights(classifier(Twice, FORWARD), 3), "train", 0.0)
+
+
+class SometimesMixed(nn.Module):
+    """Mixup from the second batch on."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.last, self.mix, self.num_calls = nn.Linear(5, 7), nn.Linear(7, 3), mix, 0
+
+    def forward(self, x):
+        z = self.first(x).tanh()
+        if self.training:
+            self.num_calls += 1
+            z = 0.6 * z + 0.4 * self.mix(z) if self.num_calls > 2 else z  # a step calls it for both levels
+        return self.last(z)
+
+
+MIXES = {
+    "flip": lambda z: z.flip(0),
+    "roll": lambda z: z.roll(1, 0),
+    "a permutation": lambda z: z[torch.arange(len(z)).flip(0)],
+    "index_select": lambda z: z.index_select(0, torch.arange(len(z)).flip(0)),
+    "the batch's mean": lambda z: z.mean(0),
+    "attention between examples": lambda z: (z @ z.T).softmax(-1) @ z,
+    "seen by its examples alone": lambda z: torch.einsum("bi,cj->bcij", z, z).sum((1, 2)),
+}
+
+
+@pytest.mark.parametrize("how", MIXES)
+def test_examples_that_are_mixed_from_the_second_batch_on(how):
+    """Every graph with operations that were not there before is looked at again."""
+
+    def make():
+        return SometimesMixed(MIXES[how])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = history_and_weights(classifier(make, mlo.Identity()), 3)
+    assert_same_run(found, history_and_weights(classifier(make, FORWARD), 3), "train", [1.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -109,6 +109,8 @@ class Engine(ABC):
         self._tied = {n: first[id(p)] for n, p in named if first[id(p)] != n}
         self.skeleton = Skeleton(self.module, units)
         self._functional: Call | None = None
+        self.is_running = False
+        """Whether a call of the live module is running."""
         self.is_resident = True
         """Whether its weights are on the device; see :mod:`scalemlo.scheduler`."""
         self.kept: KeptWeights | None = None
@@ -244,7 +246,13 @@ class Engine(ABC):
     def call(self, method: str, args: tuple, kwargs: dict) -> Any:
         """Run a method of the module: live, or functionally inside :meth:`functional`."""
         self.require_resident()
-        return (self._functional or self.call_live)(method, args, kwargs)
+        if self._functional is not None:
+            return self._functional(method, args, kwargs)
+        outer, self.is_running = self.is_running, True
+        try:
+            return self.call_live(method, args, kwargs)
+        finally:
+            self.is_running = outer
 
     @property
     def visible(self) -> nn.Module:

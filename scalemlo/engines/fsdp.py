@@ -1,6 +1,6 @@
 """Parameters, gradients and optimizer states split over ranks by FSDP2 (``fully_shard``)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,7 @@ class FSDPEngine(ShardedEngine):
             )
         fully_shard(self.module, mesh=self._mesh, mp_policy=policy)
         self._parameters = dict(self.module.named_parameters())  # listed while sharded: these objects stay
-        self._methods = {"forward"}
+        self._methods: dict[str, Callable] = {}  # inside FSDP's hooks, by name
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -84,11 +84,15 @@ class FSDPEngine(ShardedEngine):
 
     def call_live(self, method: str, args: tuple, kwargs: dict) -> Any:
         """Call the module, inside FSDP's hooks also where the method is not ``forward``."""
+        if method == "forward":
+            return self.module(*args, **kwargs)
         if method not in self._methods:
+            own = vars(self.module).get(method)
             register_fsdp_forward_method(self.module, method)
-            self._methods.add(method)
-            self.skeleton.settle(method)
-        return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+            self._methods[method] = vars(self.module).pop(method)  # attributes of the module stay the user's
+            if own is not None:
+                vars(self.module)[method] = own
+        return self._methods[method](*args, **kwargs)
 
     @contextmanager
     def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..second_order.errors import DerivativeError
 from ..shards import Shards
 from ..trajectory import RecordedStep, clipping_factor
 from ..update_rules import State, UpdateRule
@@ -31,9 +32,16 @@ class Unrolled(UnrollingHypergradient):
     Reference: Franceschi et al. 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization", alg. 1;
     truncated: Shaban et al. 2019, "Truncated Back-propagation for Bilevel Optimization", eq. 5.
 
+    Some forward passes carry values from step to step past every gradient: spectral normalisation iterates vectors in
+    buffers, a moving average of activations or weights is compared with. How those depend on the weights is not
+    followed. Where a step computes with such a buffer, that is an error unless ``holds_buffers`` says that it is meant.
+
     Args:
         num_steps: See :class:`UnrollingHypergradient`.
+        holds_buffers: Take buffers that steps compute from weights without a gradient for constants.
     """
+
+    holds_buffers: bool = False
 
     def pull_back(self, v: Shards, problem: LowerProblem) -> tuple[dict[str, Shards], Result]:
         """See :meth:`Hypergradient.pull_back`; the pass above, once."""
@@ -49,9 +57,22 @@ class Unrolled(UnrollingHypergradient):
             found = loss.tangents([(problem.block, direction)], wanted)
             weights = weights + found.pop(problem.name)
             total = {n: total[n].add_(x) if n in total else x for n, x in found.items()}
+            if not self.holds_buffers:
+                _refuse_carried(problem)
             del loss, direction  # before the state of the step before is brought back
         num_steps = problem.trajectory.num_steps
         return total, Result(weights, Status.EXACT, num_iterations=num_steps, num_hvps=num_steps)
+
+
+def _refuse_carried(problem: LowerProblem) -> None:
+    carried = sorted(problem.block.engine.skeleton.carries)
+    if carried:
+        raise DerivativeError(
+            f"level {problem.name!r}: its forward pass writes values that depend on the weights into {carried[:3]} "
+            "under no_grad, and computes with them: a step depends on the weights through them in a way that no "
+            "gradient follows. Freeze them (eval mode of spectral_norm, say), or take them for constants, as the "
+            "gradient of each step does: Unrolled(holds_buffers=True)."
+        )
 
 
 def _through_update(

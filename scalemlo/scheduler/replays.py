@@ -44,18 +44,25 @@ def replayed_derivatives(tracker: MemoryTracker) -> Iterator[None]:
     differentiate = LossAt._differentiate
     calls: dict[Hashable, _Call | None] = {}
 
-    def replayed(loss: LossAt, moving: Sequence, wanted: Any, parts: Sequence[Callable], difference: Any = None) -> Any:
-        key = _key(loss, moving, wanted, parts, difference)
+    def replayed(
+        loss: LossAt,
+        moving: Sequence,
+        wanted: Any,
+        parts: Sequence[Callable],
+        difference: Any = None,
+        follows: bool = False,
+    ) -> Any:
+        key = (_key(loss, moving, wanted, parts, difference), follows)
         call = calls.get(key)
         if call is not None:
             tracker.replay(call.before, call.use)
             return _like(call.results, "cpu")
         if key not in calls:
             calls[key] = None
-            return differentiate(loss, moving, wanted, parts, difference)
+            return differentiate(loss, moving, wanted, parts, difference, follows)
         gc.collect()  # no graph of an earlier call may die in this one
         with tracker.recording() as (before, use):
-            found = differentiate(loss, moving, wanted, parts, difference)
+            found = differentiate(loss, moving, wanted, parts, difference, follows)
         calls[key] = _Call(before, use, _like(found, "meta"))
         return found
 

@@ -87,6 +87,18 @@ class Scheduler:
         self._note(trainer, name, asking)
         yield Moves()
 
+    @contextmanager
+    def beside(self, trainer: "LevelTrainer", asking: "LevelTrainer | None" = None) -> Iterator[None]:
+        """Context of what is done now and then and belongs to no phase, with all that a solve of the level uses.
+
+        Within a budget everything else leaves the device for it; what it takes itself is not counted.
+
+        Args:
+            trainer: The level.
+            asking: The level whose gradient is being computed, if any.
+        """
+        yield
+
     def _note(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None") -> Phase:
         phase = Phase(self.timeline.tick, trainer.name, name, uses_of(trainer, name, asking))
         self.timeline.note(phase)
@@ -285,6 +297,15 @@ class BudgetScheduler(Scheduler):
                 yield moves
             if is_checked:
                 Ranks().together(partial(self._check_fits, phase))
+
+    @contextmanager
+    def beside(self, trainer: "LevelTrainer", asking: "LevelTrainer | None" = None) -> Iterator[None]:
+        """See :meth:`Scheduler.beside`."""
+        uses = uses_of(trainer, "verify", asking)
+        self._kept.clear()
+        with self._holding(uses), self.meter.paused():
+            self._bring(uses, float("inf"))
+            yield
 
     def _enter_checked(self, phase: Phase) -> Moves:
         self._check_fits(phase)

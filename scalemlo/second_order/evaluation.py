@@ -27,11 +27,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .errors import DerivativeError
 
-Form = Literal["dual", "along", "graph", "plain"]
+Form = Literal["dual", "along", "graph", "plain", "value"]
 """How a pass is differentiated.
 
 ``dual``: forward over reverse, for what pulls at an update (``d<g, u>/dq``). ``along``: the same, for how an update
-moves with what moves. ``graph``: reverse over reverse, in a graph that is kept. ``plain``: first derivatives or values.
+moves with what moves. ``graph``: reverse over reverse, in a graph that is kept. ``plain``: first derivatives as the
+training step has them, or values. ``value``: first derivatives of the value, whatever the step makes of gradients.
 """
 
 Rule = Callable[["Evaluation", Callable, tuple, dict], Any]
@@ -76,7 +77,8 @@ class Scope:
             meaning: What operations on it are to compute with.
         """
         if x is not meaning:
-            self._replaced[id(x)] = weakref.ref(x, partial(_forget, weakref.ref(self), id(x))), meaning
+            scope: weakref.ref[Scope] = weakref.ref(self)
+            self._replaced[id(x)] = weakref.ref(x, partial(_forget, scope, id(x))), meaning
 
     def resolve(self, x: Tensor) -> Tensor:
         """What an object stands for."""
@@ -131,6 +133,14 @@ class Evaluation(TorchFunctionMode):
         self._rules, self._fallback = rules, fallback
         self._stops_tangents = form in ("dual", "along")
         self.scopes: list[Scope] = [Scope()]
+        self.buffers: Mapping[int, str] = {}
+        """Names of the buffers of the modules that run, by memory."""
+        self.carried: dict[int, str] = {}
+        """Buffers into which this pass has written values that depend on what moves, under ``no_grad``."""
+        self.reads_carried: set[str] = set()
+        """Those of them that were computed with afterwards."""
+        self.changes_gradients = False
+        """Whether a hook on an activation has changed gradients."""
         self.weights: Counter[int] = Counter()
         """Memory of the weights that are lent now, which a pass must not write into."""
 
@@ -219,6 +229,8 @@ class Evaluation(TorchFunctionMode):
         writes = bool(args) and is_in_place(func, args, kwargs)
         if writes:
             self._check_write(func, kwargs.get("out", args[0]))
+        if self._stops_tangents:
+            self._watch_buffers(args, kwargs, writes)
         rule = self._rules.get(func)
         if rule is None:
             rule = self._fallback(func)
@@ -238,6 +250,18 @@ class Evaluation(TorchFunctionMode):
         if self._stops_tangents and not torch.is_grad_enabled():
             return _as_constant(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _watch_buffers(self, args: tuple, kwargs: dict, writes: bool) -> None:
+        """Note values that depend on what moves, go through a buffer without a gradient, and come back."""
+        if writes and not torch.is_grad_enabled():
+            target = kwargs.get("out", args[0])
+            address = memory(target) if isinstance(target, Tensor) else 0
+            if address in self.buffers and _has_traced(args):
+                self.carried[address] = self.buffers[address]
+        elif self.carried and torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and memory(x) in self.carried:
+                    self.reads_carried.add(self.carried[memory(x)])
 
     def _write(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """An operation in place inside torch.func, which refuses to change tensors from outside: buffers, data."""
@@ -353,7 +377,7 @@ class Run(Scope):
     def look_at(self, x: Tensor) -> None:
         """See :meth:`Scope.look_at`."""
         if functorch.maybe_get_level(x) > self.level:
-            if functorch.is_dead_tensor_wrapper(x):
+            if functorch.is_dead_tensor_wrapper(x):  # ty: ignore[missing-attribute]  # the stub lacks it
                 raise DerivativeError(
                     "a block uses a tensor that an earlier pass has left behind. Reset what keeps it (an attribute, a "
                     "list, a closure) at the beginning of forward."
@@ -432,7 +456,20 @@ def _as_constant(func: Callable, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and _is_the_same(func, args[0], out):
         return args[0]  # x.float() of an fp32 tensor is x itself, whose gradient no_grad does not stop
-    return _constants(out)
+    out = _constants(out)
+    if _has_traced(args):
+        for x in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(x, Tensor):
+                x.__dict__[_STOPPED] = True
+    return out
+
+
+_STOPPED = "_scalemlo_stopped"
+"""Marks constants that have been computed from what moves."""
+
+
+def _has_traced(args: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and (_STOPPED in x.__dict__ or _is_traced(x)) for x in args)
 
 
 def _constants(x: Any) -> Any:
@@ -451,9 +488,14 @@ _MAY_RETURN_ITS_INPUT = frozenset(("to", "type", "float", "double", "half", "bfl
 
 def _is_the_same(func: Callable, x: Tensor, out: Tensor) -> bool:
     """Whether an operation would have returned its very input outside of any derivative."""
-    if getattr(func, "__name__", "") not in _MAY_RETURN_ITS_INPUT or out.dtype != x.dtype or out.device != x.device:
+    if name_of(func) not in _MAY_RETURN_ITS_INPUT or out.dtype != x.dtype or out.device != x.device:
         return False
     return x.stride() == out.stride() and x.shape == out.shape
+
+
+def name_of(func: Callable) -> str:
+    """Its plain name; empty for objects that can be called and have none."""
+    return getattr(func, "__name__", "")
 
 
 def plain(x: Tensor) -> Tensor:
@@ -505,7 +547,7 @@ def _unwrapped(x: Tensor) -> Tensor:
 
 @cache
 def _writes_by_name(func: Callable) -> bool:
-    name = getattr(func, "__name__", "")
+    name = name_of(func)
     if name in ("requires_grad_", "detach_", "share_memory_", "rename_"):
         return False
     return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
@@ -542,4 +584,4 @@ _SET_ITEM = Tensor.__setitem__
 
 
 def _name(func: Callable) -> str:
-    return getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or repr(func)
+    return getattr(func, "__qualname__", None) or name_of(func) or repr(func)

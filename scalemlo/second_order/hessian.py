@@ -117,6 +117,14 @@ class RetainedHessian(HessianOperator):
             accumulate(total, _pull(gradient, pulling, leaves), len(self._graphs) * self._loss.scale)
         return self._hooks.projected(self._lower.vector(self._lower.engine.average_gradients(total)))
 
+    def gradient(self) -> Shards:
+        """The gradient whose graph is kept: mean over ranks and micro-batches, as the level's step has it."""
+        total: Tensors = {}
+        for leaves, _, gradient in self._graphs:
+            found = {n: gradient[n].detach() if n in gradient else torch.zeros_like(t) for n, t in leaves.items()}
+            accumulate(total, found, len(self._graphs) * self._loss.scale)
+        return self._hooks.applied(self._lower.vector(self._lower.engine.average_gradients(total)))
+
     def mixed(self, v: Shards) -> dict[str, Shards]:
         """``grad_lambda <grad_w L, v>`` out of the same graph, for the upper blocks it was made with.
 

@@ -1,7 +1,6 @@
 """Keeps the attributes, modes, buffers and hooks of a module's copy as those of the live module are."""
 
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,14 +36,10 @@ class Mirror:
         self._containers: dict[int, Any] = {}
         self._tensors: dict[int, tuple[Tensor, int, Tensor, int]] = {}
 
-    def settle(self, names: Iterable[str] | None = None) -> None:
-        """What differs now from the copy is the engine's business.
-
-        Args:
-            names: Of attributes of the root; by default everything.
-        """
-        for pair in self._pairs if names is None else self._pairs[:1]:
-            pair.settle(names)
+    def settle(self) -> None:
+        """What differs now from the copy is the engine's business."""
+        for pair in self._pairs:
+            pair.settle()
 
     def update(self) -> None:
         """Take over what the live module holds now; a submodule or a forward put there since is an error."""
@@ -168,14 +163,13 @@ class _Pair:
         self.own_hooks = {name: dict(getattr(copied, name)) for name in HOOKS}
         self.of_engine: set[str] = set()
 
-    def settle(self, names: Iterable[str] | None) -> None:
+    def settle(self) -> None:
         """Take what the live module holds now for what belongs to what the copy held at first."""
         now = self.live.__dict__
-        for key in now if names is None else names:
+        for key in now:
             if key in _SKIPPED or now.get(key, _MISSING) is self.before.get(key, _MISSING):
                 continue
             self.before[key] = now[key]
             if key not in self.own:
                 self.of_engine.add(key)
-        if names is None:
-            self.hooks_before = {name: dict(getattr(self.live, name)) for name in HOOKS}
+        self.hooks_before = {name: dict(getattr(self.live, name)) for name in HOOKS}

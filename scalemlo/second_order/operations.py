@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from ..rng import RNGState
 from .errors import DerivativeError
-from .evaluation import DEPENDS, TRAINED, Evaluation, Form, Rule, current_evaluation, has_tangent, plain
+from .evaluation import DEPENDS, TRAINED, Evaluation, Form, Rule, current_evaluation, has_tangent, name_of, plain
 from .unfollowed import inert_in_second_pass, unfollowed
 
 MARKS = (TRAINED, "_is_param")
@@ -37,7 +37,7 @@ def evaluation(form: Form) -> Evaluation:
     running = current_evaluation()
     if running is not None:
         return running
-    rules = {"dual": DUAL, "along": ALONG, "graph": GRAPH, "plain": {}}[form]
+    rules = {"dual": DUAL, "along": ALONG, "graph": GRAPH, "value": VALUE, "plain": {}}[form]
     return Evaluation(form, rules, _custom if rules.keys() >= DUAL.keys() else _no_rule)
 
 
@@ -50,7 +50,7 @@ def _dropout(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Any:
     like = plain(x)
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         ones = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).fill_(1)
-        if "alpha" in func.__name__:  # affine in x
+        if "alpha" in name_of(func):  # affine in x
             state = RNGState.capture(like.device)
             shift = func(torch.zeros_like(ones), p, True)
             state.restore()
@@ -79,7 +79,7 @@ def _without_overrides(func: types.FunctionType) -> Callable:
     scope = dict(func.__globals__)
     for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
         scope[name] = lambda *tensors: False
-    opened = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    opened = types.FunctionType(func.__code__, scope, name_of(func), func.__defaults__, func.__closure__)
     opened.__kwdefaults__ = func.__kwdefaults__
     return opened
 
@@ -159,7 +159,7 @@ def _masked_scatter(run: Evaluation, func: Callable, args: tuple, kwargs: dict) 
 
     with run:
         out = scattered(*args, **kwargs)
-        return args[0].copy_(out) if func.__name__.endswith("_") else out
+        return args[0].copy_(out) if name_of(func).endswith("_") else out
 
 
 def _embedding(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -264,7 +264,7 @@ def _backward(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Any
     if caller is not None and caller.f_globals.get("__name__", "").startswith(_MACHINERY):
         return func(*args, **kwargs)
     raise DerivativeError(
-        f"the loss calls {func.__name__}() itself, which does not reach through dual numbers. Use torch.func.grad or "
+        f"the loss calls {name_of(func)}() itself, which does not reach through dual numbers. Use torch.func.grad or "
         "torch.func.vjp for a gradient inside a loss; or an estimator with first derivatives only, Penalty() say."
     )
 
@@ -275,6 +275,7 @@ def _register_hook(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -
     x, hook = args[0], kwargs.get("hook", args[1] if len(args) > 1 else None)
     assert hook is not None, "torch has an argument for it"
     if depends(x) and _changes_gradients(hook, plain(x)):
+        run.changes_gradients = True
         with run:
             still = unfollowed(x)
             run.replace(x, still + _transposed(hook, x - still))
@@ -400,6 +401,18 @@ ALONG: dict[Callable, Rule] = {
     Tensor.register_hook: lambda run, func, args, kwargs: run.run(func, args, kwargs),
 }
 """Rules for forward over reverse, where an update moves with what moves: values do, and gradients are changed alike."""
+
+
+def _embedding_as_function(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    ids, weight, *_ = _embedding_arguments(*args, **kwargs)
+    return func(ids, weight)
+
+
+VALUE: dict[Callable, Rule] = {
+    F.embedding: _embedding_as_function,
+    Tensor.register_hook: lambda run, func, args, kwargs: _Handle(),
+}
+"""Rules for first derivatives of the value alone."""
 
 
 def mark_trained(weight: Tensor) -> None:

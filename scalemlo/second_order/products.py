@@ -55,6 +55,15 @@ class Entry(Protocol):
 
 
 @dataclass(frozen=True)
+class Examined:
+    """One pass of second derivatives in full: the loss, its gradient, and how that moves; means over ranks."""
+
+    loss: float
+    gradient: dict[str, Shards]
+    tangents: dict[str, Shards]
+
+
+@dataclass(frozen=True)
 class LossAt:
     """A level's loss at one point: the mean over ranks and micro-batches of what ``evaluate`` returns.
 
@@ -108,6 +117,20 @@ class LossAt:
         """
         return self._differentiate((), wanted, [_primal])[0]
 
+    def gradient_of_value(self, wanted: Blocks) -> dict[str, Shards]:
+        """First derivatives of the loss as a function of the weights.
+
+        They differ from :meth:`gradient` where a training step follows something else: hooks change gradients, rows of
+        padding get none.
+
+        Args:
+            wanted: Parameters by any key.
+
+        Returns:
+            As :meth:`gradient`.
+        """
+        return self._first_order(wanted, "value")
+
     def tangents(self, moving: Sequence[Vector], wanted: Blocks) -> dict[str, Shards]:
         """``d/de`` of the gradient by the wanted parameters while others move; see the module's docstring.
 
@@ -131,8 +154,20 @@ class LossAt:
         self, moving: Sequence[Vector], wanted: Blocks
     ) -> tuple[dict[str, Shards], dict[str, Shards]]:
         """:meth:`gradient`, and how it changes along directions in which parameters move, out of one pass."""
+        return self._both(moving, wanted, follows=True)
+
+    def examined(self, moving: Sequence[Vector], wanted: Blocks) -> "Examined":
+        """:meth:`tangents` with all that the same pass computes on the way, to be compared with the live module's."""
+        seen: list[float] = []
+        gradient, tangents = replace(self, seen=seen)._both(moving, wanted, follows=False)
+        loss = torch.tensor(seen[0], dtype=torch.float64, device=self.device)
+        return Examined(float(all_reduce_mean_(loss)), gradient, tangents)
+
+    def _both(
+        self, moving: Sequence[Vector], wanted: Blocks, *, follows: bool
+    ) -> tuple[dict[str, Shards], dict[str, Shards]]:
         moving, factor = self._of_the_size_of_weights(moving)
-        gradient, tangents = self._differentiate(moving, wanted, [_primal, _tangent])
+        gradient, tangents = self._differentiate(moving, wanted, [_primal, _tangent], None, follows)
         return gradient, {key: x.mul_(1 / factor) for key, x in tangents.items()} if factor != 1.0 else tangents
 
     def _of_the_size_of_weights(self, moving: Sequence[Vector]) -> tuple[Sequence[Vector], float]:
@@ -163,17 +198,26 @@ class LossAt:
         wanted: Blocks,
         parts: Sequence[Callable[[Tensor], Tensor | None]],
         difference: CentralDifference | None = None,
+        follows: bool = False,
     ) -> list[dict[str, Shards]]:
+        """First derivatives or what becomes of them, one vector per part and key.
+
+        Args:
+            moving: Parameters and directions.
+            wanted: Parameters to differentiate by.
+            parts: What to take of each gradient.
+            difference: Moves a module instead.
+            follows: Whether the update moves with what moves, see :data:`.evaluation.Form`.
+        """
         if not moving and difference is None:
             return [self._first_order(wanted)]
-        follows = parts == [_primal, _tangent]  # how the gradient moves, not what pulls at it
         hooks = {key: GradientHooks.of(block) for key, block in wanted.items()}
         if not follows:
             moving = [(block, GradientHooks.of(block).transposed(direction)) for block, direction in moving]
         totals: list[dict[str, dict[str, Tensor]]] = [{key: {} for key in wanted} for _ in parts]
         seen: list[Tensor] = []
         form: Form = "along" if follows else "dual"
-        with explained(), self.running(form):
+        with explained(self._suspects()), self.running(form):
             for batch in self.batches:
                 with fwAD.dual_level():
                     weights = self.weights()
@@ -190,6 +234,9 @@ class LossAt:
                     )
                     gradients, value = torch.func.grad_and_value(loss)(leaves)
                     watched.release()
+                    for engine in self.engines:
+                        engine.skeleton.carries |= watched.reads_carried & set(engine.skeleton.buffers().values())
+                        engine.skeleton.has_gaps |= watched.changes_gradients
                     if self.seen is not None:
                         seen.append(_primal(value).detach())
                     for key, by_name in gradients.items():
@@ -209,16 +256,17 @@ class LossAt:
                     by_key[key] = hooks[key].projected(by_key[key])
         return found
 
-    def _first_order(self, wanted: Blocks) -> dict[str, Shards]:
+    def _first_order(self, wanted: Blocks, form: Form = "plain") -> dict[str, Shards]:
         """First derivatives by torch's autograd, through every parameter that is trained."""
         total: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
-        with explained(), self.running("plain"), torch.enable_grad():
+        with explained(self._suspects()), self.running("plain"), torch.enable_grad():
             for batch in self.batches:
                 weights = self.weights()
                 for engine, held in weights.items():
                     for name in engine.trained:
                         held[name] = held[name].detach().requires_grad_()
-                loss = self.scale * self.local_loss(batch, weights, wanted.values())
+                watched = evaluation(form)
+                loss = self.scale * self.local_loss(batch, weights, wanted.values(), watched=watched)
                 leaves = [weights[block.engine][n] for block in wanted.values() for n in block.names]
                 found = iter(
                     torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
@@ -226,6 +274,8 @@ class LossAt:
                 for key, block in wanted.items():
                     accumulate(total[key], {n: next(found) for n in block.names}, len(self.batches) * self.scale)
         averages = {key: _average(block, total[key]) for key, block in wanted.items()}
+        if form == "value":
+            return averages
         return {key: GradientHooks.of(block).applied(averages[key]) for key, block in wanted.items()}
 
     def _loss_of_leaves(self, batch, weights, moving, wanted, difference, watched, tangents_only, leaves) -> Tensor:
@@ -236,6 +286,9 @@ class LossAt:
         return self.scale * self.local_loss(
             batch, traced, blocks, difference, watched=watched, tangents_only=tangents_only
         )
+
+    def _suspects(self) -> list[str]:
+        return [suspect for engine in self.engines for suspect in engine.skeleton.suspects]
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------
     @contextmanager
@@ -302,13 +355,14 @@ class LossAt:
                     partial(_gather_apart, engine, groups, moved, tangents_only),
                     trained=engine.trained,
                     at_once=engine.group is None,
-                    units=("checkpoint" if watched.form == "plain" else "remat") if runs_again else "not",
+                    units=("checkpoint" if watched.form in ("plain", "value") else "remat") if runs_again else "not",
                     form=watched.form,
                 )
                 run = partial(_run, engine, lender)
                 if difference is not None and engine is difference.lower.engine:
                     run = partial(difference.call, lender)
                 stack.enter_context(engine.functional(partial(_noting, called, engine, run)))
+                watched.buffers = {**watched.buffers, **engine.skeleton.buffers()}
             stack.enter_context(watched.active())
             loss = watched.resolve(self.evaluate(batch))
         if self.required is not None and self.required not in called:

@@ -7,10 +7,17 @@ through them is refused. Single operations are watched by :mod:`.operations`, an
 """
 
 import sys
+import types
+from collections.abc import Iterator
 
+import torch
+import torch.utils.checkpoint
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 
 from .attention import chunked_name
+from .copying import is_of_user
 
 # ---- switched on the copy ------------------------------------------------------------------------------------------
 SAFE_EXPERTS = ("eager", "batched_mm")
@@ -106,3 +113,45 @@ def find_foreign_kernel(module: nn.Module) -> str | None:
                     f"second derivatives: {FOREIGN_KERNELS[package]}."
                 )
     return None
+
+
+def find_suspects(module: nn.Module) -> list[str]:
+    """Look for what takes part in a forward pass and may have no derivative of second order, or another one.
+
+    It may be harmless; where a derivative turns out wrong, an error names it.
+
+    Args:
+        module: The live module.
+
+    Returns:
+        Descriptions, most telling first.
+    """
+    found: dict[str, None] = {}
+    for name, m in module.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            found[f"{name or 'the module'}, a module of torch.jit.script, which drops tangents"] = None
+        if m._backward_hooks or m._backward_pre_hooks:
+            found[f"a backward hook on {name or 'the module'}"] = None
+    for kind in {type(m) for m in module.modules()}:
+        for base in kind.__mro__:
+            for function in vars(base).values() if is_of_user(base) else ():
+                for used in _used_by(function):
+                    found[used] = None
+    return list(found)
+
+
+def _used_by(function: object) -> Iterator[str]:
+    function = getattr(function, "__func__", getattr(function, "fget", function))
+    if not isinstance(function, types.FunctionType):
+        return
+    for name in function.__code__.co_names:
+        x = function.__globals__.get(name)
+        if isinstance(x, type) and issubclass(x, torch.autograd.Function):
+            has = "jvp" in vars(x) and "setup_context" in vars(x)
+            yield f"{name}, a torch.autograd.Function" + ("" if has else " without jvp and setup_context")
+        elif isinstance(x, torch.jit.ScriptFunction):
+            yield f"{name}, a function of torch.jit.script, which drops tangents"
+        elif isinstance(x, (CustomOpDef, OpOverload, OpOverloadPacket)):
+            yield f"{name}, a custom operator"
+        elif x is torch.utils.checkpoint.checkpoint:
+            yield "torch.utils.checkpoint, which is of no use here: blocks are rematerialised anyway"

@@ -26,7 +26,7 @@ from .mirroring import Mirror
 from .operations import mark_parameter, mark_trained
 from .python_state import PythonState
 from .remat import Replay, remat
-from .safety import find_foreign_kernel, make_safe
+from .safety import find_foreign_kernel, find_suspects, make_safe
 
 Rematerialised = Literal["not", "remat", "checkpoint"]
 """What becomes of a unit's graph: it is kept, or made again in the backward, by :mod:`.remat` or torch's checkpoint."""
@@ -93,6 +93,8 @@ class Skeleton:
         self.module, rebinder = copy_structure(module)
         make_safe(self.module)
         self._foreign_kernel = find_foreign_kernel(module)
+        self.suspects = find_suspects(module)
+        """What the code of the module uses that derivatives of second order may not reach through, in words."""
         self.units = [Unit("")] + [Unit(name) for name in unit_names]
         self.layers: list[Layer] = []
         self._find_slots(module)
@@ -101,6 +103,13 @@ class Skeleton:
         self._mirror = Mirror(module, self.module, rebinder)
         self._mirror.update()
         self._lender: Lender | None = None
+        self.carries: set[str] = set()
+        """Buffers that take values from weights without a gradient, and give them back to differentiated passes."""
+        self.has_gaps = any(
+            isinstance(m, nn.Embedding) and (m.padding_idx is not None or m.scale_grad_by_freq)
+            for m in module.modules()
+        )
+        """Whether gradients of the live module may not be those of its values: rows of padding get none."""
 
     def _find_slots(self, live: nn.Module) -> None:
         canonical = {id(p): name for name, p in live.named_parameters()}
@@ -125,18 +134,18 @@ class Skeleton:
             if own:
                 self.layers.append(Layer(prefix, unit.name, own))
 
+    def buffers(self) -> dict[int, str]:
+        """Names of the copy's floating-point buffers, by memory."""
+        return {memory(b): name for name, b in self.module.named_buffers() if b.is_floating_point()}
+
     @property
     def in_use(self) -> bool:
         """Whether a call of the module is running on what the skeleton is lent."""
         return self._lender is not None
 
-    def settle(self, *names: str) -> None:
-        """An engine has put hooks and attributes on the live module, which are not to be taken over.
-
-        Args:
-            *names: Attributes of the root that it has just put there; without any, everything that is there now.
-        """
-        self._mirror.settle(names or None)
+    def settle(self) -> None:
+        """An engine has put hooks and attributes on the live module, which are not to be taken over."""
+        self._mirror.settle()
 
     def mirror(self) -> None:
         """Take over the attributes, modes, buffers and hooks that the live module has now."""
@@ -150,7 +159,7 @@ class Skeleton:
             DerivativeError: If an exact derivative is taken through a kernel that has none; see :mod:`.safety`.
         """
         assert self._lender is None, "the skeleton is already in use"
-        if self._foreign_kernel and lender.form != "plain":  # values and first derivatives are right
+        if self._foreign_kernel and lender.form not in ("plain", "value"):  # values and first derivatives are right
             raise DerivativeError(f"no exact derivatives: {self._foreign_kernel}")
         self._lender = lender
         try:
