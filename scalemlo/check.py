@@ -242,7 +242,7 @@ class _Hop:
         self.lower.estimator = exact
         for position in range(num_steps):
             last = position == num_steps - 1
-            self.program._fetch(list(self.program.trainers.values()) if last else [self.lower])
+            self.program._ticks.fetch(list(self.program.trainers.values()) if last else [self.lower])
             if reason is None:
                 self.lower.record_step(position)
             if last:
@@ -253,7 +253,7 @@ class _Hop:
             self.lower.estimator = exact
             self.gradients.clear()
             if reason is None:
-                self.program._update([self.lower])
+                self.program._ticks.update([self.lower])
         if reason is not None:
             self.report.notes.append(f"{self.lower.name}: no exact hypergradient to compare with: {reason}")
             self.report.comparisons += [row for by_level in found.values() for _, row in by_level.values()]

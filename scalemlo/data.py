@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,17 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from .distributed import rank, world_size
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A position in the data, as far as it is counted."""
+
+    epoch: int
+    num_batches: int
+    position: int  # batches taken in this epoch
+    has_begun: bool
+    generators: list[Tensor]  # their states when the epoch began, or now if it has not
 
 
 class BatchStream:
@@ -50,14 +62,34 @@ class BatchStream:
         self._at_start: list[Tensor] = []  # states of the shuffling generators when the epoch began
         self.epoch = -1
         self.num_batches = 0
+        self._taken: list[tuple[Any, _Place]] = []  # since the mark, each with the place after it
+        self._ahead: list[tuple[Any, _Place]] = []  # given back, to be taken again
+        self._marked = self._here = self._place()  # where the mark is; where it stands while some are ahead
+
+    def mark(self) -> None:
+        """Batches that are taken from here on can be given back."""
+        self._taken, self._marked = [], self._place()
+
+    def give_back(self) -> None:
+        """Stand at the mark again: the batches taken since are the next ones."""
+        self._ahead[:0] = self._taken
+        self._taken = []
+        if self._ahead:
+            self._stand_at(self._marked)
 
     def next(self) -> Any:
         """The next batch of this rank; a ``ValueError`` where the data is empty, exhausted or cannot be split."""
-        batch = self._next_global()
-        if self._sliced and world_size() > 1:
-            batch = _take_part(batch, self._level)
-        self.num_batches += 1
-        return map_tensors(lambda t: t.to(self._device, non_blocking=True), batch)
+        if self._ahead:
+            batch, place = self._ahead.pop(0)
+            self._stand_at(place)
+        else:
+            batch = self._next_global()
+            if self._sliced and world_size() > 1:
+                batch = _take_part(batch, self._level)
+            self.num_batches += 1
+            batch = map_tensors(lambda t: t.to(self._device, non_blocking=True), batch)
+        self._taken.append((batch, self._place()))
+        return batch
 
     def _next_global(self) -> Any:
         for _ in range(2):
@@ -94,21 +126,33 @@ class BatchStream:
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     # ---- position ------------------------------------------------------------------------------------------------
+    def _place(self) -> "_Place":
+        if self._ahead:
+            return self._here
+        has_begun = self._iterator is not None
+        generators = self._at_start if has_begun else [g.get_state() for g in self._generators()]
+        return _Place(self.epoch, self.num_batches, self._position, has_begun, generators)
+
+    def _stand_at(self, place: "_Place") -> None:
+        self.epoch, self.num_batches, self._position = place.epoch, place.num_batches, place.position
+        self._at_start, self._here = place.generators, place
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, in plain containers and tensors.
 
         It is the epoch, the generators' states when it began, and the number of batches taken since. Where the data
         keeps a position of its own (``state_dict`` and ``load_state_dict``, as torchdata's ``StatefulDataLoader`` and
         iterable Hugging Face datasets have), that one too.
+
+        Raises:
+            ValueError: If such data has already gone past batches that an error has given back.
         """
-        return {
-            "epoch": self.epoch,
-            "num_batches": self.num_batches,
-            "position": self._position,
-            "has_begun": self._iterator is not None,
-            "generators": [g.get_state() for g in self._generators()] if self._iterator is None else self._at_start,
-            "data": self._data.state_dict() if _is_stateful(self._data) else None,
-        }
+        if self._ahead and _is_stateful(self._data):
+            raise ValueError(
+                f"level {self._level!r}: an error ended a step, whose {len(self._ahead)} batch(es) the next one uses "
+                "again; the position of the data is behind them. Call step() before saving."
+            )
+        return asdict(self._place()) | {"data": self._data.state_dict() if _is_stateful(self._data) else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position.
@@ -130,6 +174,7 @@ class BatchStream:
             )
         for generator, kept in zip(generators, state["generators"], strict=True):
             generator.set_state(kept)
+        self._taken, self._ahead = [], []
         self.epoch, self.num_batches = state["epoch"], state["num_batches"]
         self._iterator, position = None, state["position"]
         keeps_position = state["data"] is not None and _is_stateful(self._data)

@@ -1,5 +1,6 @@
 """The state of Python from which all passes of one step of a level start."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from .engines import Engine
 from .level import Level
 from .second_order.python_state import PythonState
 
+_NUMBERS = itertools.count()
 _OF_SCALEMLO = frozenset(
     ("name", "data", "optimizer", "scheduler", "parameters", "unroll_steps", "gradient_accumulation_steps")
     + ("max_grad_norm", "hypergradient", "engine", "allow_unused", "_module", "_view")
@@ -34,6 +36,12 @@ class StepEntry:
         self._functions: list[Callable] = [level.loss]
         self._level = level
         self._found = self._look()
+        self.number = next(_NUMBERS)
+        """Later ones have larger numbers."""
+
+    def put_back(self) -> None:
+        """What was found then is there again."""
+        _put_back(self._found)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .distributed import any_rank, is_main_process
@@ -36,6 +36,20 @@ class SkipTick(Exception):
     def __init__(self, message: str, *, key: str | None):
         super().__init__(message)
         self.key = key
+
+
+@dataclass(frozen=True)
+class Known:
+    """What :class:`TickGradients` knew at one point; attributes as there."""
+
+    found: dict[str, tuple[Shards, float]]
+    pulls: dict[str, list[Shards]]
+    record: dict[str, int]  # how long its lists were
+    reached: dict[str, set[str]]
+    probed: set[str]
+    plain_values: set[tuple[str, str]]
+    without_products: dict[str, str]
+    verified: Any
 
 
 class TickGradients:
@@ -95,9 +109,34 @@ class TickGradients:
         self.verification.forget()
         self.clear()
 
-    def take(self, name: str) -> Shards:
-        """Hand the gradient of a level over to its step."""
-        return self._found.pop(name)[0]
+    def known(self) -> "Known":
+        """All that is known now, for :meth:`restore`."""
+        return Known(
+            found=dict(self._found),
+            pulls={name: list(pulls) for name, pulls in self._pulls.items()},
+            record={key: len(values) for key, values in self.record.items()},
+            reached={name: set(parameters) for name, parameters in self._reached.items()},
+            probed=set(self._probed),
+            plain_values=set(self._plain_values),
+            without_products=dict(self._without_products),
+            verified=self.verification.known(),
+        )
+
+    def restore(self, known: "Known") -> None:
+        """Forget what was found since; see :meth:`known`."""
+        self._found, self._pulls = known.found, known.pulls
+        self.record = {key: self.record[key][:length] for key, length in known.record.items()}
+        self._reached, self._probed, self._plain_values = known.reached, known.probed, known.plain_values
+        self._without_products = known.without_products
+        self.verification.restore(known.verified)
+
+    def found(self, name: str) -> Shards:
+        """The gradient of a level, for its step."""
+        return self._found[name][0]
+
+    def drop(self, name: str) -> None:
+        """The step has been made."""
+        del self._found[name]
 
     def of(self, trainer: LevelTrainer) -> tuple[Shards, float]:
         """The clipped total gradient of a level at this tick, computed once, and its clipping factor.

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .binding import bind, describe
 from .checkpoint import Checkpointing, load_checkpoint, save_checkpoint, saving
-from .distributed import any_rank, check_same_on_all_ranks, initialize, is_main_process, rank, world_size
+from .distributed import any_rank, check_same_on_all_ranks, initialize, is_main_process, world_size
 from .engines import DDP, EngineSpec, ModuleView, Single
 from .gradients import NonFiniteError, SkipTick, TickGradients
 from .graph import LevelGraph
@@ -22,8 +22,8 @@ from .listener import Listener
 from .scheduler import Memory, Phase, StateName, scheduler_of
 from .scheduler.phases import states_of
 from .shards import Shards
+from .ticks import Ticks
 from .tracking import History
-from .training import LevelTrainer
 from .undo import undone
 from .verification import VERIFY, Verification, Verify
 from .watchdog import Watchdog
@@ -112,8 +112,17 @@ class Program:
             self._scheduler,
             Verification(verify, verify_every),
         )
-        self.listener = Listener()
+        self._ticks = Ticks(self.graph, self.trainers, self._gradients, self._scheduler, self.history, self._generator)
         self._stop = self._is_done = False
+
+    @property
+    def listener(self) -> Listener:
+        """Hears of ticks and steps; set another one to listen."""
+        return self._ticks.listener
+
+    @listener.setter
+    def listener(self, listener: Listener) -> None:
+        self._ticks.listener = listener
 
     # ---- running -------------------------------------------------------------------------------------------------
     def run(
@@ -193,16 +202,17 @@ class Program:
     def step(self) -> dict[str, float]:
         """One outer iteration.
 
+        An error or Ctrl-C inside leaves everything as it was before the iteration, or after the last updates that it
+        made; the next call takes up the work there, with the same batches and random numbers. See
+        :mod:`scalemlo.ticks`.
+
         Returns:
             Its record, see :class:`History`.
         """
-        self._gradients.outer_step, self._gradients.record = self.num_steps + 1, {}
+        if self._ticks.is_between_iterations:
+            self._gradients.outer_step, self._gradients.record = self.num_steps + 1, {}
         with self._scheduler.iteration():
-            for tick in range(1, self.graph.ticks_per_step + 1):
-                self._scheduler.timeline.tick = tick
-                self.listener.on_tick_begin()
-                self._tick(tick)
-                self.listener.on_tick_end()
+            self._ticks.run()
         self.num_steps += 1
         record = {"step": float(self.num_steps)} | {k: sum(v) / len(v) for k, v in self._gradients.record.items()}
         self.history.steps.append(record)
@@ -231,16 +241,17 @@ class Program:
     @contextmanager
     def _after_unrolled_steps(self) -> Iterator[None]:
         """At the last tick of an outer iteration, batches taken, for a look; the steps that it needs are undone."""
-        self._fetch(list(self.trainers.values()))
+        self._ticks.require_between_iterations("gradients()")
+        self._ticks.fetch(list(self.trainers.values()))
         unrolled = [t for t in self.trainers.values() if t.unrolls]
         states = [state for trainer in unrolled for state in states_of(trainer)]
         with self._scheduler.outside(), self._scheduler.resident(states), undone(unrolled):
             for trainer in unrolled:
                 for position in range(trainer.level.unroll_steps):
                     if position > 0:
-                        self._fetch([trainer])
+                        self._ticks.fetch([trainer])
                     trainer.record_step(position)
-                    self._update([trainer])
+                    self._ticks.update([trainer])
             yield
 
     def check(self, estimators: Sequence[Hypergradient] | None = None) -> "CheckReport":
@@ -258,6 +269,7 @@ class Program:
         """
         from .check import check_program
 
+        self._ticks.require_between_iterations("check()")
         with self._scheduler.resident():
             return check_program(self, estimators)
 
@@ -370,6 +382,7 @@ class Program:
         Returns:
             The folder of this one.
         """
+        self._ticks.require_between_iterations("save()")
         with self._watchdog.phase(self.num_steps, "save checkpoint"), self._scheduler.resident():
             return save_checkpoint(self, folder)
 
@@ -387,48 +400,9 @@ class Program:
             The checkpoint that was read.
         """
         with self._scheduler.resident():
-            return load_checkpoint(self, folder)
-
-    # ---- one tick ------------------------------------------------------------------------------------------------
-    def _tick(self, tick: int) -> None:
-        stepping = [self.trainers[n] for n in self.graph.order if tick % self.graph.period(n) == 0]
-        self._fetch(stepping)
-        first = [t for t in stepping if t.unrolls]
-        for trainer in first:
-            trainer.record_step(tick // self.graph.period(trainer.name) - 1)
-        self._update(first)
-        self._update([t for t in stepping if not t.unrolls])
-
-    def _update(self, trainers: Sequence[LevelTrainer]) -> None:
-        """Take all gradients of some levels, then all their steps; or none where one is not finite."""
-        try:
-            for trainer in self._scheduler.in_order("gradients", trainers):
-                self._gradients.of(trainer)
-        except SkipTick as skip:
-            if skip.key is not None:
-                self.history.skipped[skip.key] = self.history.skipped.get(skip.key, 0) + 1
-            self._gradients.clear()
-            return
-        self._gradients.check_reached(trainers)
-        losses = {}
-        for trainer in trainers:
-            name = trainer.name
-            losses[name], norm = (self._gradients.record[f"{key}/{name}"][-1] for key in ("loss", "gradient_norm"))
-            through = bool(self.graph.depends_on_best_responses(name))
-            self.listener.on_level_gradient(name, losses[name], norm, through)
-        for trainer in self._scheduler.in_order("steps", trainers):
-            with self._gradients.phase(trainer, "step"):
-                trainer.step(self._gradients.take(trainer.name))
-            self._gradients.note(f"lr/{trainer.name}", float(trainer.optimizer.param_groups[0]["lr"]))
-            self.listener.on_level_step(trainer.name, losses[trainer.name])
-
-    def _fetch(self, trainers: Sequence[LevelTrainer]) -> None:
-        for trainer in trainers:
-            trainer.on_micro_batch = self.listener.on_micro_batch
-            seed = int(torch.randint(2**48, (), generator=self._generator)) + rank()
-            with self._gradients.phase(trainer, "data"):
-                trainer.fetch(seed)
-        self._gradients.clear()
+            found = load_checkpoint(self, folder)
+        self._ticks.start_anew()
+        return found
 
     # ---- small things ----------------------------------------------------------------------------------------------
     @contextmanager

@@ -37,6 +37,17 @@ class GradientResult:
     reached: dict[str, set[str]]  # level name -> its parameters that the loss reaches; only of levels that were probed
 
 
+@dataclass(frozen=True)
+class PassState:
+    """What the passes of one step have in common."""
+
+    batches: list[Any]
+    seed: int
+    num_heard: int  # micro-batches that listeners have been told of
+    entry: StepEntry | None  # what the first pass found
+    has_run: bool  # whether a live pass has left behind what a step leaves behind
+
+
 class LevelTrainer:
     """Binds a :class:`Level` to its engine, optimizer and data.
 
@@ -314,6 +325,20 @@ class LevelTrainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.num_steps += 1
+
+    # ---- for going back to it ------------------------------------------------------------------------------------
+    def pass_state(self) -> PassState:
+        """What the passes of the step in hand have in common."""
+        return PassState(self.batches, self._seed, self._num_heard, self._entry, self._has_run)
+
+    def restore_pass(self, state: PassState) -> None:
+        """Put it back."""
+        self.batches, self._seed, self._num_heard = state.batches, state.seed, state.num_heard
+        self._entry, self._has_run = state.entry, state.has_run
+
+    def copied_trajectory(self) -> Trajectory | None:
+        """The trajectory as far as it goes now; it shares the states that are kept."""
+        return None if self.trajectory is None else self.trajectory.copied()
 
     def _engines(self) -> list[Engine]:
         return list(dict.fromkeys([self.engine, *(t.engine for t in self.others.values())]))

@@ -6,6 +6,7 @@ kept on the host, every ceil(sqrt(K))-th of K; those in between are computed aga
 host for their turn, so that about 2 sqrt(K) are alive at once, one or two of them on the device.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,6 +108,12 @@ class Trajectory:
         self.peak_bytes = 0
         self._device = device
         self._kept: list[LevelState] = []  # before steps 0, stride, 2 stride, ...
+
+    def copied(self) -> "Trajectory":
+        """As it is now, whatever is recorded later; it shares the states."""
+        same = copy.copy(self)
+        same.steps, same._kept = list(self.steps), list(self._kept)
+        return same
 
     def held_tensors(self) -> Iterator[Tensor]:
         """All tensors of the states it keeps."""

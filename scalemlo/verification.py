@@ -10,7 +10,7 @@ trains without complaint.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -85,6 +85,14 @@ class Verification:
     def forget(self) -> None:
         """Everything is used for the first time again: the program was resumed."""
         self._known.clear()
+
+    def known(self) -> dict[str, "_Known"]:
+        """What has been verified, for :meth:`restore`."""
+        return {name: replace(known, kinds=list(known.kinds)) for name, known in self._known.items()}
+
+    def restore(self, known: dict[str, "_Known"]) -> None:
+        """Forget what was verified since."""
+        self._known = known
 
     def is_due(self, lower: LevelTrainer, outer_step: int) -> bool:
         """Whether a level is to be verified now; the same on every rank.

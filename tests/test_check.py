@@ -63,7 +63,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_checked_but_for_the_batches():
     checked.check([mlo.Identity()])
     for trainer in other.trainers.values():  # takes the batches that the check took
         for _ in range(3 if trainer.name == "finetune" else 1):
-            other._fetch([trainer])
+            other._ticks.fetch([trainer])
     torch.testing.assert_close(
         checked.run(2, progress=False).column("loss/rater"), other.run(2, progress=False).column("loss/rater"),
         rtol=0, atol=0,

@@ -294,6 +294,13 @@ class Engine(ABC):
         for name, grad in gradients.items():
             self.parameters[name].grad = self.from_local(name, grad)
 
+    def recover(self) -> None:
+        """After an error in a pass: no gradient is left, and the next pass finds what it would have found without it.
+
+        Not collective: an error may come on one rank alone.
+        """
+        self.clear_gradients()
+
     def clear_gradients(self) -> None:
         """Drop all gradients of the module."""
         for p in self.parameters.values():

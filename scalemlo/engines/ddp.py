@@ -74,6 +74,11 @@ class DDPEngine(ReplicatedEngine):
         finally:
             self._synchronize = False
 
+    def recover(self) -> None:
+        """See :meth:`Engine.recover`; a reduction that has begun is forgotten."""
+        self._ddp.reducer._reset_state()
+        super().recover()
+
     def average_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All-reduce (mean) over the ranks."""
         return {name: all_reduce_mean_(grad.contiguous()) for name, grad in gradients.items()}

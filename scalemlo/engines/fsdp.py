@@ -113,6 +113,13 @@ class FSDPEngine(ShardedEngine):
         """Rows of this rank."""
         return {name: t[self._layout[name].local_rows(rank())].clone() for name, t in full.items()}
 
+    def recover(self) -> None:
+        """See :meth:`Engine.recover`."""
+        assert isinstance(self.module, FSDPModule)
+        if self.module._get_fsdp_state()._is_root is not None:  # else it has not run yet
+            self.module.reset_iter_state()
+        super().recover()
+
     def _reshard(self) -> None:
         for m in self.module.modules():
             if isinstance(m, FSDPModule):  # a root that stayed gathered would hide the next change of its shards

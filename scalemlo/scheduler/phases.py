@@ -162,6 +162,10 @@ class Timeline:
                 self._position = (self._position + distance) % len(self.phases)
                 return
 
+    def forget(self, num_noted: int) -> None:
+        """Phases beyond the first so many of the outer iteration in hand are going to run again."""
+        del self._running[num_noted:]
+
     def next_phase(self) -> Phase | None:
         """What comes after the phase in hand that needs any state; None where it is not known."""
         ahead = (self._ahead(distance) for distance in range(1, len(self.phases) + 1))
