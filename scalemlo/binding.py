@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .data import BatchStream
-from .engines import Engine, EngineSpec
+from .engines import FSDP, DeepSpeed, Engine, EngineSpec
 from .graph import LevelGraph
 from .hypergradients import UnrollingHypergradient
 from .level import Level
+from .second_order.gradient_hooks import has_hooks
 from .training import LevelTrainer, optimizer_parameter_names, swap_parameters
 from .update_rules import update_rule
 
@@ -106,9 +107,42 @@ def _wrap(
     # Another level's loss may use a part of this module only, and its gradients are taken through the engine too.
     may_skip = len(graph.order) > 1 or any(level.allow_unused for level in levels)
     spec = specs.pop()
+    _check_weights(module, list(owner), spec, label)
     engine = spec.wrap(module, name=label.strip("'"), device=device, may_skip_parameters=may_skip)
     engine.skeleton.settle()
     return engine
+
+
+def _check_weights(module: nn.Module, names: Sequence[str], spec: EngineSpec, label: str) -> None:
+    """Refuse weights whose updates have no second derivative here, or lose what the user attached to them."""
+    parameters = dict(module.named_parameters())
+    for name in names:
+        parameter = parameters[name]
+        if parameter.is_complex():
+            raise ValueError(
+                f"level {label}: parameter {name!r} is {parameter.dtype}; Hessian-vector products are taken over "
+                "real parameters. Keep real and imaginary part in one real parameter, and use torch.view_as_complex() "
+                "of it in forward; or freeze it with requires_grad_(False)."
+            )
+        if isinstance(spec, (FSDP, DeepSpeed)) and has_hooks(parameter):
+            raise ValueError(
+                f"level {label}: parameter {name!r} has a hook, and {type(spec).__name__} puts shards in the place of "
+                "parameters, which hooks do not follow. Do what it does in the loss or in the optimizer, or use "
+                "engine=DDP()."
+            )
+    for path, m in module.named_modules():
+        if not isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or not m.weight.requires_grad:
+            continue
+        if m.sparse:
+            raise ValueError(
+                f"level {label}: {path!r} has sparse=True, and gradients are added, reduced and multiplied as dense "
+                "tensors here. Set sparse=False."
+            )
+        if m.max_norm is not None:
+            raise ValueError(
+                f"level {label}: {path!r} has max_norm={m.max_norm}: it changes its weights in the forward pass, which "
+                "no derivative follows. Normalise the looked-up rows instead, or clip the weights in a callback."
+            )
 
 
 def describe(level: Level, engine: EngineSpec | None) -> list[str]:

@@ -32,6 +32,7 @@ from .hypergradients import ESTIMATORS
 from .provenance import Provenance
 from .scheduler.memory import Memory
 from .trackers import TrackWith, tracker_names
+from .verification import Verify
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,8 @@ class RunConfig:
         num_processes: If set, the run refuses to start with another number of processes.
         engine: How modules are held: a name, or ``type`` and the options of that engine.
         nonfinite: ``raise`` or ``skip`` when a value is NaN or infinite.
+        verify: When derivatives are compared with the live modules: at ``first`` use, ``always``, or ``off``.
+        verify_every: Outer steps after which they are compared again.
         memory: What a rank may take of its device, such as ``70GiB``, or a mapping with ``device``, ``host`` and
             ``disk``; states that a phase does not need leave the device where they must. ``null`` moves nothing.
         plan: Whether to plan the run's memory beside it, in a process of low priority, and to show planned beside
@@ -213,10 +216,16 @@ class RunConfig:
     num_processes: int | None = None
     engine: EngineConfig = field(default_factory=AutoConfig)
     nonfinite: Literal["raise", "skip"] = "raise"
+    verify: Verify = "first"
+    verify_every: int = 1000
     memory: MemoryConfig = None
     plan: bool = True
     report_to: Annotated[list[str] | str, AfterValidator(tracker_names)] = field(default_factory=list)
     provenance: Provenance | None = None
+
+    def program_options(self) -> dict[str, Any]:
+        """Arguments of :class:`scalemlo.Program` that every recipe passes on."""
+        return dict(nonfinite=self.nonfinite, verify=self.verify, verify_every=self.verify_every, memory=self.memory)
 
     def tracker(self, run_name: str) -> TrackWith:
         """What sends one program of the run to the trackers of ``report_to``: a callback of that program.
@@ -257,10 +266,27 @@ def load(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[Run
         config = TypeAdapter(recipes[name]).validate_python(raw)
     except ValidationError as error:
         problems += [_explain(problem, recipes[name]) for problem in error.errors()]
+    else:
+        problems += _wrong_counts(config)
     if problems:
         raise ConfigError(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
     _warn_of_differences(config, path)
     return config
+
+
+_COUNTS = ("batch_size", "accumulation_steps", "unroll_steps", "verify_every")
+
+
+def _wrong_counts(config: Any, prefix: str = "") -> list[str]:
+    """Numbers of things of which there must be one at least, in all sections."""
+    found = []
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            found += _wrong_counts(value, f"{prefix}{option.name}.")
+        elif option.name.endswith(_COUNTS) and isinstance(value, int) and value < 1:
+            found.append(f"{prefix}{option.name}: must be at least 1 (got {value})")
+    return found
 
 
 def recipe_of(path: str | Path, overrides: Sequence[str], recipes: dict[str, type[RunConfig]]) -> str:

@@ -18,6 +18,7 @@ from .engines.base import ParameterBlock
 from .entry import StepEntry
 from .hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from .hypergradients.base import Method
+from .lending import Lender
 from .level import Level, check_loss
 from .ops import WeightedMeanTape
 from .rng import seeded
@@ -79,6 +80,7 @@ class LevelTrainer:
         self._entry: StepEntry | None = None  # what the first pass of this step found
         self._has_run = False  # whether a live pass of this step has left behind what a step leaves behind
         self._seed = 0
+        self._lender = Lender(self.name)
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
@@ -136,10 +138,11 @@ class LevelTrainer:
     def evaluate(self, batch: Any) -> Tensor:
         """This rank's loss on one micro-batch, modules seen through their views."""
         views = {name: other.view for name, other in self.others.items()}
-        arguments = {"batch": batch, **views} if self.stream else views
         self.level._view = self.view
         try:
-            return check_loss(self.level.loss(**arguments), self.name)
+            with self._lender.lent(batch) as lent:
+                arguments = {"batch": lent, **views} if self.stream else views
+                return check_loss(self.level.loss(**arguments), self.name)
         except Exception as error:
             error.add_note(f"in the loss of level {self.name!r}")
             raise

@@ -524,3 +524,84 @@ def test_an_upper_loss_may_use_a_part_of_the_lower_module():
         for engine, gradients in found.items():
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=f"{engine} {name}")
+
+
+# ---- weights that have no second derivatives here --------------------------------------------------------------------
+class Looked(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4, **options), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.table((x.abs().sum(-1) * 7).long() % 5)).squeeze(-1)
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=4).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Spectral, "level 'low': parameter 'filter' is torch.complex64.*real parameters.*view_as_complex"),
+        (lambda: Looked(sparse=True), "level 'low': 'table' has sparse=True.*Set sparse=False"),
+        (lambda: Looked(max_norm=1.0), "level 'low': 'table' has max_norm=1.0.*Normalise the looked-up rows"),
+    ],
+)
+def test_weights_without_second_derivatives(make, message):
+    with pytest.raises(ValueError, match=message):
+        program(net=make())
+
+
+@pytest.mark.parametrize("engine", [mlo.FSDP, mlo.DeepSpeed])
+def test_hooks_on_weights_that_shards_would_replace(engine):
+    net = Net()
+    net.head.weight.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(ValueError, match=f"'head.weight' has a hook, and {engine.__name__} puts shards.*engine=DDP"):
+        program(net=net, low_options=dict(engine=engine()))
+
+
+# ---- losses that change their batch ---------------------------------------------------------------------------------
+def test_a_loss_may_take_its_batch_apart_and_write_into_it():
+    """Every evaluation finds the batch as it came."""
+
+    def make(loss):
+        torch.manual_seed(0)
+        data = [{"x": torch.randn(4, 3), "y": torch.randn(4)} for _ in range(3)]
+        return program(
+            low=low_with(loss), low_options=dict(data=data, hypergradient=mlo.Neumann(num_terms=3, step_size=0.1))
+        )
+
+    def careless(self, batch, top):
+        y = batch.pop("y")
+        batch["x"].mul_(0.5)
+        y[y < 0] = 0.0
+        losses = (self.module(batch["x"]) - y).square()
+        return mlo.weighted_mean(losses, top(losses.detach().unsqueeze(-1)).squeeze(-1))
+
+    def careful(self, batch, top):
+        losses = (self.module(batch["x"] * 0.5) - batch["y"].clamp(min=0.0)).square()
+        return mlo.weighted_mean(losses, top(losses.detach().unsqueeze(-1)).squeeze(-1))
+
+    torch.testing.assert_close(
+        *(make(f).run(3, progress=False).column("gradient_norm/top") for f in (careless, careful))
+    )
+
+
+def test_a_loss_that_begins_to_write_into_its_batch():
+    calls = []
+
+    def loss(self, batch, top):
+        calls.append(1)
+        if len(calls) > 3:
+            batch.mul_(2.0)
+        losses = self.module(batch).square()
+        return mlo.weighted_mean(losses, top(losses.detach().unsqueeze(-1)).squeeze(-1))
+
+    with pytest.raises(ValueError, match="'low': its loss writes into its batch, which it did not do at first"):
+        program(low=low_with(loss)).run(8, progress=False)

@@ -183,3 +183,9 @@ def test_the_page_names_every_command():
     page = (ROOT / "docs/cli.md").read_text()
     for name in COMMANDS:
         assert f"| `{name}" in page, name
+
+
+@pytest.mark.parametrize("key", ["train.batch_size", "train.gradient_accumulation_steps", "train.unroll_steps"])
+def test_of_some_things_there_must_be_one(key):
+    with pytest.raises(cfg.ConfigError, match=rf"{key}: must be at least 1 \(got 0\)"):
+        cfg.load(CONFIG, [f"{key}=0"], CONFIGS)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from .. import state
 from ..distributed import is_main_process, world_size
+from ..folders import check_writable
 from ..ranks import Ranks
 from .files import FORMAT_VERSION, write_file, write_manifest
 from .folders import complete, complete_checkpoints, folder_of_step, keep_latest, make_room, older, partial_of, step_of
@@ -69,7 +70,8 @@ class Checkpointing:
         """
 
         def check() -> None:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)  # what cannot be written to is found out now
+            check_writable(self.folder, "folder")
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
             later = [path.name for path in complete_checkpoints(Path(self.folder)) if step_of(path) > num_steps]
             if later:
                 raise ValueError(

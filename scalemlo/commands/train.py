@@ -6,6 +6,7 @@ docs/cli.md lists what is written. Exit status 0 done, 1 the run failed, 2 the c
 """
 
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import on_recipe
@@ -23,4 +24,8 @@ def run(options: Namespace) -> int:
 
 
 def _train(recipe: "Recipe", run_config: "RunConfig") -> int:
+    from ..folders import check_writable
+    from ..ranks import Ranks
+
+    Ranks().together(partial(check_writable, run_config.output_dir, "output_dir"))
     return 130 if recipe.run(run_config) else 0

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from .. import distributed
 from ..engines import EngineSpec
 from ..hypergradients import ESTIMATORS, Hypergradient
+from ..verification import VERIFY
 from .argument_rules import check_arguments
 from .engine_choice import choose_engine
 
@@ -56,6 +57,8 @@ class MLOConfig(TrainingArguments):
         hypergradient: Estimator: a name of :data:`scalemlo.hypergradients.ESTIMATORS`, or an estimator.
         hypergradient_options: Options of an estimator that is given by name.
         nonfinite: ``"raise"`` or ``"skip"`` where a loss or gradient is NaN or infinite.
+        verify: When derivatives are compared with the live model, see :class:`scalemlo.Program`.
+        verify_every: See there.
         max_length: Tokens per example.
         dataset_options: Further arguments of :func:`scalemlo.hf.prepare_dataset`.
         model_init_kwargs: Arguments of :func:`scalemlo.hf.load_causal_lm`, where the model is given by name.
@@ -77,6 +80,8 @@ class MLOConfig(TrainingArguments):
     hypergradient: str = "identity"
     hypergradient_options: dict[str, Any] | str | None = None
     nonfinite: str = "raise"
+    verify: str = "first"
+    verify_every: int = 1000
     max_length: int | None = 1024
     dataset_options: dict[str, Any] | str | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -89,8 +94,12 @@ class MLOConfig(TrainingArguments):
         vars(self).update({name: _from_command_line(value) for name, value in own.items()})
         vars(self).update({name: getattr(self, name) or {} for name in _DICTS})
         check_arguments(self)
-        if self.unroll_steps < 1:
-            raise ValueError(f"unroll_steps={self.unroll_steps!r} must be at least 1.")
+        _check_counts(self, "unroll_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+        _check_counts(self, "gradient_accumulation_steps", "verify_every")
+        if self.max_length is not None:
+            _check_counts(self, "max_length")
+        if self.verify not in VERIFY:
+            raise ValueError(f"verify={self.verify!r} is unknown; choose one of {list(VERIFY)}.")
         if self.load_best_model_at_end and self.save_only_model:
             raise ValueError(
                 "load_best_model_at_end=True with save_only_model=True: the best checkpoint is loaded with all levels. "
@@ -224,6 +233,8 @@ class ReweightingConfig(MLOConfig):
         if self.reweighting == "domain" and self.domain_column is None:
             raise ValueError("reweighting='domain' needs domain_column, the column that names an example's domain.")
         self._check_scorer_features()
+        if self.per_device_meta_batch_size is not None:
+            _check_counts(self, "per_device_meta_batch_size")
         allowed = NORMALIZATIONS[self.reweighting]
         if self.weight_normalization == "auto":
             self.weight_normalization = allowed[0]
@@ -290,6 +301,13 @@ def optimizer_of(name: str, learning_rate: float, args: MLOConfig, weight_decay:
     if name != "sgd":
         common |= dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
     return partial(OPTIMIZERS[name], **common)
+
+
+def _check_counts(args: MLOConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 def _has_no_default(option: dataclasses.Field) -> bool:

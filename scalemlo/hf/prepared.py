@@ -105,6 +105,20 @@ class PreparedDataset(_Prepared, Dataset):
         """Of every row; empty without a domain column."""
         return list(self._scalars.get("domain_id", ()))
 
+    @property
+    def labels(self) -> list[int]:
+        """Classes of every row; empty where rows have none."""
+        return list(self._scalars.get("label", ()))
+
+    @property
+    def sequence_columns(self) -> list[str]:
+        """Columns with one sequence per row."""
+        return list(self._sequences)
+
+    def sequences(self, column: str) -> Iterator[Sequence[int]]:
+        """A column, row by row."""
+        return (self._sequences[column][index] for index in range(len(self)))
+
     def add_column(self, column: str, values: Sequence[float]) -> None:
         """Give every row one more number, such as a reference model's log-probability.
 

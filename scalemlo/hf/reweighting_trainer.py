@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
+from ..folders import check_writable
+from ..ranks import Ranks
 from .config import ReweightingConfig
 from .engine_choice import small_engine
 from .evaluation import map_examples
+from .fit import check_fits
 from .overlap import warn_of_overlap
 from .per_example import Losses
 from .prepared import PreparedDataset
@@ -89,6 +93,7 @@ class ReweightingTrainer(MLOTrainer):
                     f"{name} is missing: ReweightingTrainer fine-tunes on train_dataset and learns its weights from "
                     "meta_dataset, a small set of examples that the model should do well on."
                 )
+        Ranks().together(partial(check_writable, args.output_dir, "output_dir"))
         torch.manual_seed(args.seed)
         model_options: Any = args.model_init_kwargs  # like other dicts, read by __post_init__
         if isinstance(model, str):
@@ -110,6 +115,14 @@ class ReweightingTrainer(MLOTrainer):
                     f"{type(part).__name__} has no length or is not prepared: weights are kept by example_id. Pass "
                     "rows that fit in memory, prepared by scalemlo.hf.prepare_dataset where data_collator is given."
                 )
+            check_fits(model, part)
+        if data_collator is None and self.meta_dataset.kind != self.train_dataset.kind:
+            raise ValueError(
+                f"meta_dataset has rows of the format {self.meta_dataset.format.name!r} "
+                f"({self.meta_dataset.kind}) and train_dataset of {self.train_dataset.format.name!r} "
+                f"({self.train_dataset.kind}): both are read by one collator and one loss. Give both the same format, "
+                "or data_collator and losses that take both."
+            )
         warn_of_overlap(self.train_dataset, self.meta_dataset)
         collate, example_losses = self._task_of(self.train_dataset)
         self.reweighting = REWEIGHTINGS[args.reweighting](args, self.train_dataset, example_losses, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..folders import check_writable
 from ..level import Level
 from ..listener import Listener
 from ..program import Program
@@ -102,9 +104,15 @@ class MLOTrainer(Evaluates, Saves):
         self.eval_dataset = self._prepared_eval(eval_dataset)
         if args.eval_strategy != "no" and self.eval_dataset is None:
             raise ValueError(f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} needs eval_dataset.")
-        nonfinite: Any = args.nonfinite  # the program checks it
+        Ranks().together(partial(check_writable, args.output_dir, "output_dir"))
+        checked_there: dict[str, Any] = dict(nonfinite=args.nonfinite, verify=args.verify)
         self.program = Program(
-            levels, engine=args.build_engine(), seed=args.seed, nonfinite=nonfinite, device=args.device
+            levels,
+            engine=args.build_engine(),
+            seed=args.seed,
+            device=args.device,
+            verify_every=args.verify_every,
+            **checked_there,
         )
         self.model_level = self.program.graph.order[-1] if model_level is None else model_level
         if self.model_level not in self.program.trainers:

@@ -92,9 +92,7 @@ class Cell(Generic[C]):
     def program(self, levels: Sequence[Level]) -> Program:
         """A program of some levels, with the engine of the configuration and the seed of the cell."""
         config = self.config
-        return Program(
-            levels, engine=config.engine.build(), seed=self.seed, nonfinite=config.nonfinite, memory=config.memory
-        )
+        return Program(levels, engine=config.engine.build(), seed=self.seed, **config.program_options())
 
     def train(
         self,

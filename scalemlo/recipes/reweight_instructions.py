@@ -274,7 +274,7 @@ def build_program(config: ReweightInstructionsConfig, data: Prepared, model: nn.
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
     )
-    options: dict[str, Any] = dict(engine=engine, seed=config.seed, nonfinite=config.nonfinite, memory=config.memory)
+    options: dict[str, Any] = dict(engine=engine, seed=config.seed) | config.program_options()
     if plain:
         return mlo.Program([PlainFinetune("finetune", model, **finetune)], **options)
     over_batch = train.weight_normalization == "batch"
