@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .binding import check_unrolling
+from .check_paths import hops_agree, lost_path
 from .distributed import any_rank, world_size
 from .hypergradients import (
     SAMA,
@@ -35,6 +36,7 @@ from .shards import Shards
 from .tracking import peak_bytes, reset_peak_bytes
 from .training import LevelTrainer
 from .undo import undone
+from .verification import Verification
 
 if TYPE_CHECKING:
     from .program import Program
@@ -192,12 +194,22 @@ def default_estimators(lower: LevelTrainer) -> list[Hypergradient]:
 def check_program(program: "Program", estimators: Sequence[Hypergradient] | None = None) -> CheckReport:
     """See :meth:`scalemlo.Program.check`."""
     report = CheckReport()
+    verification, program._gradients.verification = program._gradients.verification, Verification("off", 1)
+    try:
+        _fill(report, program, estimators)
+    finally:
+        program._gradients.verification = verification
+    return report
+
+
+def _fill(report: CheckReport, program: "Program", estimators: Sequence[Hypergradient] | None) -> None:
     trainers = program.trainers
     before = {name: trainer.weights().clone() for name, trainer in trainers.items()}
     for lower in trainers.values():
         uppers = [trainers[n] for n in program.graph.uppers(lower.name)]
         if uppers:
             _Hop(program, lower, uppers, report).compare(estimators)
+    _check_whole(program, report)
     moved = any(not torch.equal(t, trainers[n].weights()[k]) for n, v in before.items() for k, t in v.items())
     report.findings.append(Finding("all levels", "weights are bit for bit as before", float(any_rank(moved)), 0.0))
     if world_size() > 1:
@@ -205,7 +217,23 @@ def check_program(program: "Program", estimators: Sequence[Hypergradient] | None
             if trainer.engine.group is None:
                 spread = _spread_over_ranks(trainer.weights())
                 report.findings.append(Finding(trainer.name, "all ranks hold the same weights", spread, 0.0))
-    return report
+
+
+def _check_whole(program: "Program", report: CheckReport) -> None:
+    """Every gradient that goes through levels below, over all its hops and paths."""
+    levels = [t for t in program.trainers.values() if program.graph.depends_on_best_responses(t.name)]
+    if not levels:
+        return
+    with program._after_unrolled_steps():
+        for level in levels:
+            for what, question in (
+                ("whole gradient: hops move as live gradients do", hops_agree),
+                ("whole gradient: no path is lost", lost_path),
+            ):
+                answer = question(program, level)
+                report.findings.append(Finding(level.name, what, 0.0 if answer is None else math.inf, 0.0))
+                if answer is not None:
+                    report.notes.append(f"{level.name}: {answer}")
 
 
 class _Hop:

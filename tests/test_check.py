@@ -62,7 +62,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_checked_but_for_the_batches():
     checked, other = program(), program()
     checked.check([mlo.Identity()])
     for trainer in other.trainers.values():  # takes the batches that the check took
-        for _ in range(3 if trainer.name == "finetune" else 1):
+        for _ in range(4 if trainer.name == "finetune" else 2):
             other._ticks.fetch([trainer])
     torch.testing.assert_close(
         checked.run(2, progress=False).column("loss/rater"), other.run(2, progress=False).column("loss/rater"),
@@ -113,6 +113,25 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
     ))  # fmt: skip
     report = program().check([])
     assert not findings(report)["exact hypergradient of rater: difference quotient"]
+
+
+def test_a_hop_of_another_update_is_found(monkeypatch):
+    from scalemlo.training import LevelTrainer
+
+    original = LevelTrainer.compute_mixed
+    monkeypatch.setattr(LevelTrainer, "compute_mixed", lambda *args: {n: x * 1.5 for n, x in original(*args).items()})
+    report = program(mlo.Identity(mixed="forward")).check([])
+    assert not findings(report)["whole gradient: hops move as live gradients do"]
+    assert "rater: level 'finetune': the mixed partial with the levels above is not the derivative" in report.verdict
+
+
+def test_a_lost_path_is_found(monkeypatch):
+    from scalemlo.gradients import TickGradients
+
+    monkeypatch.setattr(TickGradients, "_sweep", lambda self, adjoints, level, fixed: None)
+    report = program(mlo.Identity()).check([])
+    assert not findings(report)["whole gradient: no path is lost"]
+    assert "rater: the response part of its gradient is 0.0e+00, but where its parameters move" in report.verdict
 
 
 class Drifting(nn.Module):
