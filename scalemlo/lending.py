@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .data import map_tensors
 
@@ -37,7 +40,7 @@ class Lender:
             ValueError: If the loss writes into a batch and did not at first.
         """
         is_copied = self._writes is not False
-        lent = map_tensors(Tensor.clone if is_copied else _same, batch)
+        lent = map_tensors(_copied if is_copied else _same, batch)
         before = _versions(lent)
         yield lent
         writes = _versions(lent) != before
@@ -48,6 +51,12 @@ class Lender:
                 "labels = batch['labels'].clone()."
             )
         self._writes = writes or bool(self._writes)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A constant, also where derivatives are being taken."""
+    with DisableTorchFunction(), temporarily_clear_interpreter_stack(), torch.no_grad():
+        return x.clone()
 
 
 def _same(x: Tensor) -> Tensor:

@@ -112,6 +112,9 @@ class Program:
             self._scheduler,
             Verification(verify, verify_every),
         )
+        for name, trainer in self.trainers.items():
+            answers = any(name in self.graph.responding(other) for other in self.graph.order)
+            trainer.watches_hooks = answers and verify != "off"
         self._ticks = Ticks(self.graph, self.trainers, self._gradients, self._scheduler, self.history, self._generator)
         self._stop = self._is_done = False
 

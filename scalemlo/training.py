@@ -26,6 +26,7 @@ from .second_order.ghost import GhostProducts
 from .second_order.hessian import HessianOperator, Products, hessian
 from .second_order.products import LossAt
 from .shards import Shards
+from .step_hooks import watched
 from .trajectory import Trajectory
 
 
@@ -65,6 +66,8 @@ class LevelTrainer:
         self.view = ModuleView(engine)
         self.others: dict[str, LevelTrainer] = {}  # the levels that the loss names
         self.depends_on: frozenset[str] = frozenset()  # all levels that it depends on directly
+        self.watches_hooks = False
+        """Whether to look for hooks on the optimizer that change its update: where a level above answers to it."""
         self.optimizer = _bind_optimizer(level, self.block)
         engine.spec.check_level(level, self.optimizer)
         engine.adopt(self.optimizer)
@@ -323,7 +326,8 @@ class LevelTrainer:
         if self.trajectory is not None:
             self.trajectory.record(self)
         self.engine.put_gradients(gradient)
-        self.optimizer.step()
+        with watched(self.optimizer, self.name) if self.watches_hooks else nullcontext():
+            self.optimizer.step()
         self.engine.clear_gradients()
         if self.scheduler is not None:
             self.scheduler.step()

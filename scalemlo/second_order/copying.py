@@ -91,6 +91,8 @@ class _Tree:
     def __init__(self, module: nn.Module):
         self.ids = {id(x) for x in (*module.modules(), *module.parameters(), *module.buffers())}
         self._keep = module  # ids stay taken
+        self.copies: set[int] = set()
+        """Modules of the copy: what they hold is bound by itself."""
 
     def is_reached_from(self, x: Any) -> bool:
         """Whether some path of references leads from an object to the module or a part of it."""
@@ -99,7 +101,7 @@ class _Tree:
     def _search(self, x: Any, seen: set[int], depth: int) -> bool:
         if id(x) in self.ids:
             return True
-        if id(x) in seen or depth > _MAX_DEPTH:
+        if id(x) in seen or id(x) in self.copies or depth > _MAX_DEPTH:
             return False
         seen.add(id(x))
         return any(self._search(part, seen, depth + 1) for part in _parts(x))
@@ -115,6 +117,7 @@ class Rebinder:
 
     def __init__(self, tree: _Tree, memo: dict[int, Any]):
         self._tree, self._memo = tree, memo
+        tree.copies.update(id(x) for x in memo.values() if isinstance(x, nn.Module))
 
     def copied(self, x: Any) -> Any:
         """The counterpart of an object: itself where it does not lead to the live module."""

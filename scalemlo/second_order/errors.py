@@ -1,5 +1,6 @@
 """What to tell a user whose loss cannot be differentiated the way it was asked for."""
 
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -91,5 +92,14 @@ def explained(suspects: Iterable[str] = ()) -> Iterator[None]:
                 known = list(suspects)
                 named = f" The module uses {', '.join(known[:3])}." if known else ""
                 first = message.split("\n")[0].rstrip()
-                raise DerivativeError(explanation.replace("{message}", first) + named) from error
+                raise DerivativeError(explanation.replace("{message}", first) + _place(error) + named) from error
         raise
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model's or the user's code that an error came from; empty where it is not in the traceback."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("torch", "scalemlo"):
+            found = f" It came from {frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name}."
+    return found

@@ -5,14 +5,15 @@ so that stop-gradients and everything else outside the module are differentiated
 weights: the skeleton is lent w + e v and w - e v.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch._C import _autograd
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -62,6 +63,7 @@ class CentralDifference:
             with ExitStack() as stack:
                 if not follows:  # values alone, which any operation has
                     stack.enter_context(temporarily_clear_interpreter_stack())
+                    stack.enter_context(_hooks_on_saved_tensors())
                 running = current_evaluation()
                 if running is not None:
                     stack.enter_context(running.within(Marking()))
@@ -81,6 +83,18 @@ class CentralDifference:
     def _moved(self, shards: Mapping[str, Tensor], sign: float) -> dict[str, Tensor]:
         moved = {n: torch.add(shards[n], t, alpha=sign * self.size) for n, t in self.v.items()}
         return {**shards, **moved}
+
+
+@contextmanager
+def _hooks_on_saved_tensors() -> Iterator[None]:
+    """Allowed, as outside of torch.func: torch.utils.checkpoint in a module has them."""
+    message = _autograd._saved_tensors_hooks_get_disabled_error_message()
+    _autograd._saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        if message is not None:
+            _autograd._saved_tensors_hooks_disable(message)
 
 
 def _linear(plus: Any, minus: Any, step: Tensor, size: float) -> Any:

@@ -97,7 +97,7 @@ class RetainedHessian(HessianOperator):
         super().__init__()
         self._loss, self._lower, self._uppers = loss, lower, dict(uppers or {})
         self._hooks = GradientHooks.of(lower)
-        with explained(), loss.running("graph"), torch.enable_grad():
+        with explained(loss.suspects()), loss.running("graph"), torch.enable_grad():
             self._graphs = [self._linearise(batch) for batch in loss.batches]
 
     def _linearise(self, batch: Any) -> tuple[Tensors, dict[str, Tensors], Tensors]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .copying import HOOKS, Rebinder
 from .errors import DerivativeError
+from .python_state import UNCOUNTED
 
 _SKIPPED = frozenset(
     ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set", *HOOKS)
@@ -83,8 +84,12 @@ class Mirror:
         live, copied = pair.live._buffers, pair.copied._buffers
         if not live and not copied:
             return
+        is_uncounted = isinstance(pair.live, UNCOUNTED)
         for name, buffer in live.items():
-            wanted = None if buffer is None else self._counterpart(buffer)
+            if is_uncounted and buffer is not None:
+                wanted = buffer.detach().clone()
+            else:
+                wanted = None if buffer is None else self._counterpart(buffer)
             if copied.get(name, _MISSING) is not wanted:
                 copied[name] = wanted
         for name in [name for name in copied if name not in live]:

@@ -217,7 +217,7 @@ class LossAt:
         totals: list[dict[str, dict[str, Tensor]]] = [{key: {} for key in wanted} for _ in parts]
         seen: list[Tensor] = []
         form: Form = "along" if follows else "dual"
-        with explained(self._suspects()), self.running(form):
+        with explained(self.suspects()), self.running(form):
             for batch in self.batches:
                 with fwAD.dual_level():
                     weights = self.weights()
@@ -259,7 +259,7 @@ class LossAt:
     def _first_order(self, wanted: Blocks, form: Form = "plain") -> dict[str, Shards]:
         """First derivatives by torch's autograd, through every parameter that is trained."""
         total: dict[str, dict[str, Tensor]] = {key: {} for key in wanted}
-        with explained(self._suspects()), self.running("plain"), torch.enable_grad():
+        with explained(self.suspects()), self.running("plain"), torch.enable_grad():
             for batch in self.batches:
                 weights = self.weights()
                 for engine, held in weights.items():
@@ -287,7 +287,8 @@ class LossAt:
             batch, traced, blocks, difference, watched=watched, tangents_only=tangents_only
         )
 
-    def _suspects(self) -> list[str]:
+    def suspects(self) -> list[str]:
+        """What the modules use that may be behind an error, in words."""
         return [suspect for engine in self.engines for suspect in engine.skeleton.suspects]
 
     # ---- running the loss on skeletons -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .copying import is_object_of_user, is_of_user
@@ -111,7 +112,7 @@ class PythonState:
             for i, (tensor, version, value) in enumerate(self._tensors):
                 if tensor._version != version and value is not None:
                     tensor.detach().copy_(value)
-                    self._tensors[i] = tensor, tensor._version, value
+                    self._tensors[i] = tensor, _UNKNOWN if version == _UNKNOWN else tensor._version, value
 
     # ---- looking around ------------------------------------------------------------------------------------------
     def _visit(self, x: Any, depth: int) -> None:
@@ -182,7 +183,10 @@ class PythonState:
                     for buffer in value.values():
                         if buffer is not None and id(buffer) not in self._seen:
                             self._seen.add(id(buffer))
-                            self._visit_tensor(buffer, "buffer")
+                            if isinstance(module, UNCOUNTED):
+                                self._tensors.append((buffer, _UNKNOWN, buffer.detach().clone()))
+                            else:
+                                self._visit_tensor(buffer, "buffer")
             elif isinstance(value, dict) and not value:  # as most dictionaries of hooks
                 self._containers.append((value, {}))
             else:
@@ -214,6 +218,12 @@ class PythonState:
             copied = is_first or (last is not None and last != version)  # -1: changed once, may change again
             _changing[x] = -1 if last is not None and last != version else version
         self._tensors.append((x, version, x.detach().clone() if copied else None))
+
+
+UNCOUNTED = _NormBase
+"""Modules whose forward writes into buffers without a trace: batch norm's kernels count no versions."""
+
+_UNKNOWN = -1
 
 
 class _Missing:

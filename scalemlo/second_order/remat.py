@@ -210,7 +210,9 @@ class _Call:
         for i, x in zip(self._moving, inputs, strict=False):
             flat[i] = x
         args = tree_unflatten(flat, self._spec)
-        given = [(original, rebuilt, _items(rebuilt)) for original, rebuilt in _mutable(self._args, args)]
+        given = []
+        if is_first:
+            given = [(original, rebuilt, _items(rebuilt)) for original, rebuilt in _mutable(self._args, args)]
         watched = self._watched
         with watched.active(), watched.at(*self._scopes), watched.within(run), self._replay.running():
             returned = self._function(*args)

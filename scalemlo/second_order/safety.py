@@ -140,11 +140,17 @@ def find_suspects(module: nn.Module) -> list[str]:
     return list(found)
 
 
+_CHECKPOINT = "torch.utils.checkpoint, which is of no use here: blocks are rematerialised anyway"
+
+
 def _used_by(function: object) -> Iterator[str]:
     function = getattr(function, "__func__", getattr(function, "fget", function))
     if not isinstance(function, types.FunctionType):
         return
-    for name in function.__code__.co_names:
+    names = function.__code__.co_names
+    if "checkpoint" in names and function.__globals__.get("torch") is torch:
+        yield _CHECKPOINT
+    for name in names:
         x = function.__globals__.get(name)
         if isinstance(x, type) and issubclass(x, torch.autograd.Function):
             has = "jvp" in vars(x) and "setup_context" in vars(x)
@@ -154,4 +160,4 @@ def _used_by(function: object) -> Iterator[str]:
         elif isinstance(x, (CustomOpDef, OpOverload, OpOverloadPacket)):
             yield f"{name}, a custom operator"
         elif x is torch.utils.checkpoint.checkpoint:
-            yield "torch.utils.checkpoint, which is of no use here: blocks are rematerialised anyway"
+            yield _CHECKPOINT

@@ -60,6 +60,7 @@ class Unit:
 
     name: str
     slots: list[tuple[nn.Module, str, str]] = field(default_factory=list)  # (owner, attribute, canonical name)
+    of_root: list[tuple[nn.Module, str]] = field(default_factory=list)  # of modules it shares: lent with the root
 
     @property
     def names(self) -> list[str]:
@@ -99,6 +100,8 @@ class Skeleton:
         self.layers: list[Layer] = []
         self._find_slots(module)
         for unit in self.units[1:]:
+            inside = set(self.module.get_submodule(unit.name).modules())
+            unit.of_root += [(owner, attribute) for owner, attribute, _ in self.units[0].slots if owner in inside]
             _lend_around_forward(self, unit)
         self._mirror = Mirror(module, self.module, rebinder)
         self._mirror.update()
@@ -119,15 +122,16 @@ class Skeleton:
             for inner in self.units[1:]:
                 if inner.name.startswith(unit.name + "."):
                     raise ValueError(f"unit {unit.name!r} contains unit {inner.name!r}; units must not nest")
-            for owner in self.module.get_submodule(unit.name).modules():
-                claims.setdefault(id(owner), set()).add(unit.name)
         by_name = {unit.name: unit for unit in self.units}
+        for path, owner in self.module.named_modules(remove_duplicate=False):
+            inside = [name for name in by_name if name and (path == name or path.startswith(name + "."))]
+            claims.setdefault(id(owner), set()).add(inside[0] if inside else "")
         seen: set[int] = set()
         for prefix, owner in self.module.named_modules():
             if id(owner) in seen:
                 continue
             seen.add(id(owner))
-            of_units = claims.get(id(owner), set())
+            of_units = claims[id(owner)]
             unit = by_name[next(iter(of_units))] if len(of_units) == 1 else self.units[0]  # of several: lent throughout
             own = {a: names[f"{prefix}.{a}" if prefix else a] for a, p in owner._parameters.items() if p is not None}
             unit.slots += [(owner, attribute, name) for attribute, name in own.items()]
@@ -184,9 +188,10 @@ class Skeleton:
             return forward(*args, **kwargs)
 
         gathered: list[Mapping[str, Tensor]] = []  # of a first run that must begin anew, on one rank only perhaps
+        of_root = [(owner, attribute, owner._parameters[attribute]) for owner, attribute in unit.of_root]
 
         def with_shards(shards: Mapping[str, Tensor], args: tuple, kwargs: dict) -> object:
-            with _borrowed(lender, [unit], shards, gathered):
+            with _borrowed(lender, [unit], shards, gathered), _in_place_again(of_root):
                 return forward(*args, **kwargs)
 
         shards = {name: lender.shards[name] for name in unit.names}
@@ -207,6 +212,19 @@ class Skeleton:
                 return with_shards(*given)
 
         return checkpoint(replayed, shards, args, kwargs, use_reentrant=False)
+
+
+@contextmanager
+def _in_place_again(held: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """What the root was lent when a unit first ran, also where it runs again after that."""
+    before = [owner._parameters[attribute] for owner, attribute, _ in held]
+    for owner, attribute, tensor in held:
+        owner._parameters[attribute] = tensor
+    try:
+        yield
+    finally:
+        for (owner, attribute, _), tensor in zip(held, before, strict=True):
+            owner._parameters[attribute] = tensor
 
 
 @contextmanager
