@@ -93,3 +93,11 @@ def test_plan_accuracy(tmp_path):
 @pytest.mark.parametrize("name", ["billion", "faults", "gallery", "beside_betty", "simulated_models"])
 def test_other_benchmarks_run(name, tmp_path):
     assert figures(name, tmp_path)
+
+
+@pytest.mark.full
+def test_verification(tmp_path):
+    found = figures("verification", tmp_path)
+    for name in ("products", "forward", "sama", "neumann", "unrolled"):
+        assert found[f"{name}/bits_equal"] == 1.0
+        assert found[f"{name}/amortised_percent"] < 0.5
