@@ -114,7 +114,7 @@ class Program:
         )
         for name, trainer in self.trainers.items():
             answers = any(name in self.graph.responding(other) for other in self.graph.order)
-            trainer.watches_hooks = answers and verify != "off"
+            trainer.is_verified = answers and verify != "off"
         self._ticks = Ticks(self.graph, self.trainers, self._gradients, self._scheduler, self.history, self._generator)
         self._stop = self._is_done = False
 

@@ -66,8 +66,8 @@ class LevelTrainer:
         self.view = ModuleView(engine)
         self.others: dict[str, LevelTrainer] = {}  # the levels that the loss names
         self.depends_on: frozenset[str] = frozenset()  # all levels that it depends on directly
-        self.watches_hooks = False
-        """Whether to look for hooks on the optimizer that change its update: where a level above answers to it."""
+        self.is_verified = False
+        """Whether its update is held against what is differentiated: where a level above goes through it."""
         self.optimizer = _bind_optimizer(level, self.block)
         engine.spec.check_level(level, self.optimizer)
         engine.adopt(self.optimizer)
@@ -326,7 +326,7 @@ class LevelTrainer:
         if self.trajectory is not None:
             self.trajectory.record(self)
         self.engine.put_gradients(gradient)
-        with watched(self.optimizer, self.name) if self.watches_hooks else nullcontext():
+        with watched(self.optimizer, self.name) if self.is_verified else nullcontext():
             self.optimizer.step()
         self.engine.clear_gradients()
         if self.scheduler is not None:
@@ -402,6 +402,11 @@ class Asked:
     def is_read(self) -> bool:
         """Whether the loss of the level that asks reads this level, not only through levels in between."""
         return self._lower.name in self._level.depends_on
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether what is computed is held against the live module."""
+        return self._lower.is_verified
 
     def require_read(self, estimator: str) -> None:
         """Refuse estimators that evaluate the upper loss where it is not a function of this level's weights.

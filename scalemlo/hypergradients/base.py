@@ -106,6 +106,10 @@ class LowerProblem(Protocol):
     def is_read(self) -> bool:
         """Whether the loss of the level that asks reads this level, not only through levels in between."""
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether what is computed is held against the live module; not where ``verify="off"``."""
+
     def require_read(self, estimator: str) -> None:
         """Raise a ``ValueError`` unless :attr:`is_read`."""
 

@@ -1,5 +1,6 @@
 """Exact differentiation through the steps that the lower level really took."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..second_order.errors import DerivativeError
 from ..shards import Shards
-from ..trajectory import RecordedStep, clipping_factor
+from ..trajectory import LevelState, RecordedStep, clipping_factor
 from ..update_rules import State, UpdateRule
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 
@@ -48,7 +49,9 @@ class Unrolled(UnrollingHypergradient):
         weights, moments = v, {name: {} for name in v}
         total: dict[str, Shards] = {}
         wanted = {**problem.uppers, problem.name: problem.block}
-        for step, state, gradient in problem.trajectory.backward():
+        for i, (step, state, gradient) in enumerate(problem.trajectory.backward()):
+            if i == 0 and problem.is_verified:
+                _check_replay(step, state, gradient, problem)
             weights, moments, direction = _through_update(
                 step, state.weights, state.optimizer, gradient, weights, moments
             )
@@ -62,6 +65,27 @@ class Unrolled(UnrollingHypergradient):
             del loss, direction  # before the state of the step before is brought back
         num_steps = problem.trajectory.num_steps
         return total, Result(weights, Status.EXACT, num_iterations=num_steps, num_hvps=num_steps)
+
+
+REPLAY_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-1, torch.bfloat16: 5e-1, torch.float16: 5e-1}
+"""How far replayed weights may be from the live ones, relative to the last step, by the dtype that is computed in."""
+
+
+def _check_replay(step: RecordedStep, state: LevelState, gradient: Shards, problem: LowerProblem) -> None:
+    """That the steps taken again come to where the live ones came: nearly free, as only the last update is added."""
+    live = problem.block.shards()
+    error = float((step.update(state, gradient).weights - live).norm())
+    size = float((state.weights - live).norm())
+    dtype = problem.block.engine.spec.compute_dtype or next(iter(live.values())).dtype
+    if error <= REPLAY_TOLERANCE[dtype] * size or not math.isfinite(error):
+        return
+    raise DerivativeError(
+        f"level {problem.name!r}: its last {problem.trajectory.num_steps} step(s), taken again, end "
+        f"{error / max(size, 1e-300):.1e} of the last step's length away from where the live ones ended. They depend on "
+        "something that is another one the second time (random numbers from a generator of its own, data that changes in "
+        "place, weights that a callback writes), or the optimizer's update is not the one that its class is known for. "
+        "verify='off' trains with what may be wrong."
+    )
 
 
 def _refuse_carried(problem: LowerProblem) -> None:

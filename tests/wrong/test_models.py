@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 import scalemlo as mlo
+from scalemlo.listener import Listener
 from tests.test_ghost import in_own_dtype
 from tests.wrong.reference import ESTIMATORS, Case, Net, compare, program_of, squared, weight_net, weighted
 
@@ -128,9 +129,7 @@ def test_against_live_differences(name, way):
 
 def test_randlora_is_refused_by_the_name_of_its_function():
     case = case_of(lambda: with_adapter(peft.RandLoraConfig(r=3, target_modules=["q_proj"])), {})
-    with pytest.raises(
-        mlo.DerivativeError, match="without a forward derivative.*It came from .*randlora"
-    ):
+    with pytest.raises(mlo.DerivativeError, match="without a forward derivative.*It came from .*randlora"):
         program_of(case, mlo.Identity(mixed="forward")).gradients()
     program_of(case, mlo.Penalty(learning_rate=0.1)).step()
 
@@ -241,3 +240,25 @@ def test_blocks_run_again_under_autocast():
     ]
     mlo.Program(levels, engine=mlo.Single(dtype="bf16"), verify="always").run(2, progress=False)
     assert set(seen) == {torch.bfloat16}
+
+
+# ---- steps that are taken again --------------------------------------------------------------------------------------
+def test_replayed_steps_end_where_the_live_ones_did():
+    """A callback that writes into weights between two steps is no part of what is differentiated."""
+
+    def make() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(1)
+        return Net().double(), weight_net().double()
+
+    program = program_of(Case(make, weighted, squared), mlo.Unrolled())
+    program.step()
+
+    class Writes(Listener):
+        def on_level_step(self, level: str, loss: float) -> None:
+            if level == "low":
+                with torch.no_grad():
+                    program.trainers["low"].engine.module.head.bias.add_(0.1)
+
+    program.listener = Writes()
+    with pytest.raises(mlo.DerivativeError, match=r"'low': its last 2 step\(s\), taken again.*a callback writes"):
+        program.step()
