@@ -81,10 +81,10 @@ def _check_replay(step: RecordedStep, state: LevelState, gradient: Shards, probl
         return
     raise DerivativeError(
         f"level {problem.name!r}: its last {problem.trajectory.num_steps} step(s), taken again, end "
-        f"{error / max(size, 1e-300):.1e} of the last step's length away from where the live ones ended. They depend on "
-        "something that is another one the second time (random numbers from a generator of its own, data that changes in "
-        "place, weights that a callback writes), or the optimizer's update is not the one that its class is known for. "
-        "verify='off' trains with what may be wrong."
+        f"{error / max(size, 1e-300):.1e} of the last step's length away from where the live ones ended. They depend "
+        "on something that is another one the second time (random numbers from a generator of its own, data that "
+        "changes in place, weights that a callback writes), or the optimizer's update is not the one that its class is "
+        "known for. verify='off' trains with what may be wrong."
     )
 
 
