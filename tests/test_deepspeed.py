@@ -243,3 +243,33 @@ def test_a_resumed_run_goes_on_bit_for_bit(stage, tmp_path):
         assert whole.history.steps[-1]["loss/finetune"] == resumed.history.steps[-1]["loss/finetune"]
 
     run_ranks(body, 2)
+
+
+def test_weights_of_submodules_in_a_method_are_refused_at_stage_3():
+    """They are there in their own modules' forward passes alone; in a method they would count for nothing."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(self.body(x).tanh()).squeeze(-1)
+
+        def size(self):
+            return sum(p.square().sum() for p in self.parameters())
+
+    class Fit(mlo.Level):
+        def loss(self, batch):
+            return mlo.mean(self.module(batch).square()) + 0.1 * self.module.size()
+
+    def body(rank, world_size):
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        program = mlo.Program(
+            [Fit("fit", Net(), data=[torch.ones(4, 3)], optimizer=sgd)], engine=mlo.DeepSpeed(stage=3)
+        )
+        with pytest.raises(ValueError, match="'fit': a method of its module uses weights of submodules.*stage=2"):
+            program.step()
+        return True
+
+    assert run_ranks(body, 2) == [True, True]

@@ -143,12 +143,25 @@ class DeepSpeedEngine(ShardedEngine):
 
     @contextmanager
     def live_pass(self, *, wanted: bool, last: bool) -> Iterator[None]:
-        """See :meth:`Engine.live_pass`; weights are brought up to date first."""
+        """See :meth:`Engine.live_pass`; weights are brought up to date first.
+
+        Raises:
+            ValueError: If the loss uses weights that stage 3 has freed.
+            RuntimeError: Any other of the pass, as it is.
+        """
         self._partition.publish()
         frozen = nullcontext() if wanted else _frozen(self.module)
         try:
             with frozen, self._partition.backward_pass(last=last) if wanted else nullcontext():
                 yield
+        except RuntimeError as error:
+            if "got [0] but expected" in str(error):
+                raise ValueError(
+                    f"level {self.name!r}: a method of its module uses weights of submodules directly, which are there "
+                    "in those submodules' own forward passes only: DeepSpeed's stage 3 has freed them, and their part "
+                    "of the loss is nothing. Compute with them in their own modules, or use stage=2 or engine=FSDP()."
+                ) from error
+            raise
         finally:
             self._partition.repartition()
 

@@ -29,7 +29,8 @@ def make_safe(structure: nn.Module) -> None:
 
     Attention in fused kernels (flash, flex, kernels of the hub) becomes ``sdpa``, or ``eager`` where the model has no
     ``sdpa`` because it caps scores or has sinks; both run in chunks of queries (:mod:`.attention`). Grouped matrix
-    products of experts become ``eager``. Gradient checkpointing and compilation are switched off.
+    products of experts become ``eager``. Gradient checkpointing, compilation and caches of keys and values, which no
+    value of a whole sequence needs and every block writes into, are switched off.
 
     Args:
         structure: The copy, with configs of its own.
@@ -44,6 +45,9 @@ def make_safe(structure: nn.Module) -> None:
     models = [m for m in structure.modules() if isinstance(m, transformers.PreTrainedModel)]
     for model in reversed(models):  # the innermost model that shares a config is the one whose code reads it
         config = model.config
+        for part in (config, config.get_text_config()):
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
         named = config._attn_implementation
         if named is not None and named.removeprefix("paged|") not in _own_implementations():
             named = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
