@@ -49,13 +49,13 @@ _EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("forward AD", "forward-mode", "forward mode AD"),
-        "an operation of the lower level has no forward derivative: {message} Use another implementation of it "
-        f"(attn_implementation='eager' for attention); or {_FIRST_ORDER}.",
+        "an operation of the lower level has no forward derivative: {message} Use another implementation of it, "
+        f"in torch's elementary operations (attn_implementation='eager' for attention); or {_FIRST_ORDER}.",
     ),
     (
         ("derivative for",),
-        "an operation of the lower level has no second derivative: {message}. Use another implementation of it "
-        f"(attn_implementation='eager' for attention); or {_FIRST_ORDER}.",
+        "an operation of the lower level has no second derivative: {message}. Use another implementation of it, "
+        f"in torch's elementary operations (attn_implementation='eager' for attention); or {_FIRST_ORDER}.",
     ),
     (
         ("SparseCPU", "SparseCUDA", "sparse tensor", "Sparse"),

@@ -113,8 +113,9 @@ class RetainedHessian(HessianOperator):
     def _product(self, v: Shards) -> Shards:
         total: Tensors = {}
         pulling = self._hooks.transposed(v)
-        for leaves, _, gradient in self._graphs:
-            accumulate(total, _pull(gradient, pulling, leaves), len(self._graphs) * self._loss.scale)
+        with explained(self._loss.suspects()):
+            for leaves, _, gradient in self._graphs:
+                accumulate(total, _pull(gradient, pulling, leaves), len(self._graphs) * self._loss.scale)
         return self._hooks.projected(self._lower.vector(self._lower.engine.average_gradients(total)))
 
     def gradient(self) -> Shards:
@@ -138,8 +139,9 @@ class RetainedHessian(HessianOperator):
         pulling = self._hooks.transposed(v)
         for key, block in self._uppers.items():
             total: Tensors = {}
-            for _, uppers, gradient in self._graphs:
-                accumulate(total, _pull(gradient, pulling, uppers[key]), len(self._graphs) * self._loss.scale)
+            with explained(self._loss.suspects()):
+                for _, uppers, gradient in self._graphs:
+                    accumulate(total, _pull(gradient, pulling, uppers[key]), len(self._graphs) * self._loss.scale)
             found[key] = block.vector(block.engine.average_gradients(total))
         return found
 

@@ -248,6 +248,31 @@ def _grad_fn(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Any:
     return _GradFn() if depends(args[0]) and not getattr(args[0], TRAINED, False) else None
 
 
+def _hardsigmoid(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """Spelled out: its backward has no derivative of its own."""
+
+    def spelled_out(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+        with run:
+            out = F.relu6(input + 3.0) / 6.0
+            return input.copy_(out) if inplace else out
+
+    return spelled_out(*args, **kwargs)
+
+
+def _set_data(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> None:
+    """``x.data = y``: ``Module.to`` assigns what is there already where dtype and device are right."""
+    x, y = args
+    if x is y or run.resolve(x) is run.resolve(y):
+        return
+    if functorch.maybe_current_level() is None and not has_tangent(x):
+        func(*args, **kwargs)
+        return
+    raise DerivativeError(
+        "the forward assigns to `.data` of a tensor (Module.to(...) does so, for another dtype or device), which no "
+        "derivative follows. Convert modules before the program is built."
+    )
+
+
 def _set_requires_grad(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Any:
     if _asked_by_torch():
         return func(*args, **kwargs)
@@ -360,6 +385,7 @@ GRAPH: dict[Callable, Rule] = {
     torch._weight_norm: _weight_norm,
     torch._VF._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
+    F.hardsigmoid: _hardsigmoid,
     F.embedding: _embedding,
     Tensor.register_hook: _register_hook_in_graph,
     Tensor.scatter_reduce: _scatter_reduce,
@@ -380,6 +406,7 @@ DUAL: dict[Callable, Rule] = {
     Tensor.masked_scatter_: _masked_scatter,
     torch.masked_scatter: _masked_scatter,
     _ATTRIBUTES["data"].__get__: _data,
+    _ATTRIBUTES["data"].__set__: _set_data,
     Tensor.detach_: _detach_in_place,
     torch.detach_: _detach_in_place,
     _ATTRIBUTES["requires_grad"].__get__: _requires_grad,

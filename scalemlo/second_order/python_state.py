@@ -147,12 +147,17 @@ class PythonState:
             self._visit_all(list(vars(x).values()), depth)
 
     def _visit_object(self, x: Any, depth: int) -> None:
-        if isinstance(x, _NO_STATE) or isinstance(x, (Tensor, nn.Module)) or id(x) in self._seen or depth > 4:
+        if isinstance(x, _NO_STATE) or isinstance(x, (Tensor, nn.Module)) or id(x) in self._seen or depth > 5:
             return
-        if isinstance(x, (list, tuple)):
-            self._visit(x, depth)
-            for item in x[:MAX_ITEMS]:
-                self._visit_object(item, depth + 1)
+        if isinstance(x, (list, tuple, dict)):
+            items = list(x.values() if isinstance(x, dict) else x)
+            if len(items) <= MAX_ITEMS:
+                self._seen.add(id(x))
+                self._keep.append(x)
+                if not isinstance(x, tuple):
+                    self._containers.append((x, x.copy()))
+                for item in items:
+                    self._visit_object(item, depth + 1)
         elif hasattr(x, "__dict__") and not callable(x):
             self._seen.add(id(x))
             self._keep.append(x)
