@@ -248,17 +248,6 @@ def _grad_fn(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Any:
     return _GradFn() if depends(args[0]) and not getattr(args[0], TRAINED, False) else None
 
 
-def _hardsigmoid(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-    """Spelled out: its backward has no derivative of its own."""
-
-    def spelled_out(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-        with run:
-            out = F.relu6(input + 3.0) / 6.0
-            return input.copy_(out) if inplace else out
-
-    return spelled_out(*args, **kwargs)
-
-
 def _set_data(run: Evaluation, func: Callable, args: tuple, kwargs: dict) -> None:
     """``x.data = y``: ``Module.to`` assigns what is there already where dtype and device are right."""
     x, y = args
@@ -385,7 +374,6 @@ GRAPH: dict[Callable, Rule] = {
     torch._weight_norm: _weight_norm,
     torch._VF._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
-    F.hardsigmoid: _hardsigmoid,
     F.embedding: _embedding,
     Tensor.register_hook: _register_hook_in_graph,
     Tensor.scatter_reduce: _scatter_reduce,
