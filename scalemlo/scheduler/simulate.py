@@ -115,6 +115,8 @@ def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[Phase
 
     _classify(program, tracker)
     program._gradients.verification = Verification("off", 1)  # it compares values
+    for trainer in program.trainers.values():
+        trainer.is_verified = False
     found = []
     gc.collect()
     gc.freeze()  # the collections before each phase look at what is new
