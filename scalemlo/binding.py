@@ -12,8 +12,9 @@ from .engines import FSDP, DeepSpeed, Engine, EngineSpec
 from .graph import LevelGraph
 from .hypergradients import UnrollingHypergradient
 from .level import Level
+from .optimizers import optimizer_parameter_names, swap_parameters
 from .second_order.gradient_hooks import has_hooks
-from .training import LevelTrainer, optimizer_parameter_names, swap_parameters
+from .training import LevelTrainer
 from .update_rules import update_rule
 
 

@@ -1,16 +1,14 @@
 """One level in a running program: its batches, gradients, mixed partials and steps."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from .asked import Asked
 from .data import BatchStream
 from .distributed import all_reduce_mean_, rank, world_size
 from .engines import Engine, ModuleView
@@ -21,9 +19,9 @@ from .hypergradients.base import Method
 from .lending import Lender
 from .level import Level, check_loss
 from .ops import WeightedMeanTape
+from .optimizers import bind_optimizer, bind_scheduler
 from .rng import seeded
 from .second_order.ghost import GhostProducts
-from .second_order.hessian import HessianOperator, Products, hessian
 from .second_order.products import LossAt
 from .shards import Shards
 from .step_hooks import watched
@@ -68,10 +66,10 @@ class LevelTrainer:
         self.depends_on: frozenset[str] = frozenset()  # all levels that it depends on directly
         self.is_verified = False
         """Whether its update is held against what is differentiated: where a level above goes through it."""
-        self.optimizer = _bind_optimizer(level, self.block)
+        self.optimizer = bind_optimizer(level, self.block)
         engine.spec.check_level(level, self.optimizer)
         engine.adopt(self.optimizer)
-        self.scheduler = _bind_scheduler(level, self.optimizer)
+        self.scheduler = bind_scheduler(level, self.optimizer)
         self.estimator: Hypergradient = level.hypergradient or Identity()
         self.scaler = engine.spec.loss_scaler()
         self.num_steps = 0
@@ -87,7 +85,7 @@ class LevelTrainer:
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
-    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"], fixed: Sequence[str] = ()) -> "Asked":
+    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"], fixed: Sequence[str] = ()) -> Asked:
         """The level as a problem that a level above wants solved.
 
         Args:
@@ -349,157 +347,3 @@ class LevelTrainer:
 
     def _engines(self) -> list[Engine]:
         return list(dict.fromkeys([self.engine, *(t.engine for t in self.others.values())]))
-
-
-class Asked:
-    """A level as :class:`scalemlo.hypergradients.LowerProblem`; arguments as in :meth:`LevelTrainer.asked_by`."""
-
-    def __init__(
-        self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer], fixed: Sequence[str] = ()
-    ):
-        self.memory = lower.memory.setdefault(".".join((level.name, *fixed)), {})
-        self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block
-        self._lower, self._level, self._uppers = lower, level, uppers
-
-    def weights(self) -> Shards:
-        """Local weights of the level."""
-        return self._lower.weights()
-
-    def gradient(self) -> tuple[Shards, float]:
-        """The clipped gradient of the level's next step and the clipping factor."""
-        return self._lower.gradient()
-
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """State of one parameter as local shards."""
-        return self._lower.optimizer_state(name)
-
-    def parameter_group(self, name: str) -> Mapping[str, Any]:
-        """The parameter group that holds a parameter."""
-        return self._lower.parameter_group(name)
-
-    @property
-    def uppers(self) -> dict[str, ParameterBlock]:
-        """Parameters of the levels above that the hypergradient goes to, by level name."""
-        return {upper.name: upper.block for upper in self._uppers}
-
-    @property
-    def loss(self) -> LossAt:
-        """The level's loss on the batches of its next step."""
-        return self._lower.loss_at()
-
-    @property
-    def upper_loss(self) -> LossAt:
-        """The loss of the level that asks, on the batches of its next step."""
-        return replace(self._level.loss_at(), required=self._lower.engine if self.is_read else None)
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """The steps of the level since the levels above moved."""
-        assert self._lower.trajectory is not None, "the program records where the estimator says so"
-        return self._lower.trajectory
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the loss of the level that asks reads this level, not only through levels in between."""
-        return self._lower.name in self._level.depends_on
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether what is computed is held against the live module."""
-        return self._lower.is_verified
-
-    def require_read(self, estimator: str) -> None:
-        """Refuse estimators that evaluate the upper loss where it is not a function of this level's weights.
-
-        Args:
-            estimator: Name for messages.
-
-        Raises:
-            ValueError: If the level that asks does not read this one.
-        """
-        if not self.is_read:
-            raise ValueError(
-                f"level {self.name!r}: {estimator} evaluates the loss of {self._level.name!r} at other weights of this "
-                "level, which that loss does not read: it depends on them through levels in between only. Use an "
-                "estimator that pulls gradients back, Unrolled() say."
-            )
-
-    def hessian(self, products: Products = "auto") -> AbstractContextManager[HessianOperator]:
-        """``v -> H v`` of the level's loss on the batches of its next step, while inside the context."""
-        return hessian(self.loss, self.block, products)
-
-    def mixed(self, v: Shards) -> dict[str, Shards]:
-        """Mixed partials with v, the way the estimator wants them taken."""
-        return self._lower.compute_mixed(v, self._uppers)
-
-
-def _bind_optimizer(level: Level, block: ParameterBlock) -> Optimizer:
-    """The user's optimizer over the engine's parameters; an instance keeps its groups, options and order."""
-    parameters = {name: block.engine.parameters[name] for name in block.names}
-    if not isinstance(level.optimizer, Optimizer):
-        optimizer = level.optimizer(list(parameters.values()))
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"level {level.name!r}: optimizer(...) returned {type(optimizer).__name__}, no optimizer.")
-        _check_parameters(level, optimizer, {id(p): name for name, p in parameters.items()})
-        return optimizer
-    return level.optimizer
-
-
-def _bind_scheduler(level: Level, optimizer: Optimizer) -> LRScheduler | None:
-    scheduler = level.scheduler
-    if scheduler is None:
-        return None
-    if not isinstance(scheduler, LRScheduler):
-        scheduler = scheduler(optimizer)
-    if isinstance(scheduler, ReduceLROnPlateau) or "metrics" in inspect.signature(scheduler.step).parameters:
-        raise ValueError(f"level {level.name!r}: {type(scheduler).__name__} needs a metric; step it in a callback.")
-    if scheduler.optimizer is not optimizer:
-        raise ValueError(f"level {level.name!r}: the scheduler belongs to another optimizer than the level's.")
-    return scheduler
-
-
-def optimizer_parameter_names(level: Level, names: Sequence[str]) -> dict[int, str]:
-    """Check that an optimizer instance holds exactly a level's parameters.
-
-    Args:
-        level: The level, before its module is wrapped.
-        names: Canonical names of its parameters.
-
-    Returns:
-        Name by ``id`` of the parameter object in the optimizer; empty for an optimizer that is yet to be made.
-
-    Raises:
-        ValueError: Naming what is missing or foreign.
-    """
-    if not isinstance(level.optimizer, Optimizer):
-        return {}
-    parameters = dict(level._module.named_parameters())
-    by_id = {id(parameters[n]): n for n in names}
-    _check_parameters(level, level.optimizer, by_id)
-    if level.optimizer.state:
-        raise ValueError(f"level {level.name!r}: its optimizer has stepped already; give a fresh one.")
-    return by_id
-
-
-def _check_parameters(level: Level, optimizer: Optimizer, by_id: Mapping[int, str]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for i, n in by_id.items() if i not in held]
-    foreign = len(held - set(by_id))
-    if missing or foreign:
-        raise ValueError(
-            f"level {level.name!r}: its optimizer must hold exactly the level's parameters; it lacks {missing[:5]} "
-            f"({len(missing)} in all) and holds {foreign} that are not the level's. Build it from the parameters of "
-            "the module that have requires_grad=True (and match `parameters`)."
-        )
-
-
-def swap_parameters(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, Any]) -> None:
-    """Put an engine's parameters in the place of the originals in an optimizer's groups.
-
-    Args:
-        optimizer: Changed in place; groups, options and order stay.
-        names: Name by ``id`` of the original, from :func:`optimizer_parameter_names`.
-        parameters: The engine's parameters by name.
-    """
-    for group in optimizer.param_groups:
-        group["params"] = [parameters[names[id(p)]] for p in group["params"]]

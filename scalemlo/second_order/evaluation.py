@@ -12,20 +12,31 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import MethodWrapperType
 from typing import Any, Literal
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch._C import DisableTorchFunction
 from torch._C import _functorch as functorch
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .errors import DerivativeError
+from .tensors import (
+    DEPENDS,
+    TRAINED,
+    as_constant,
+    described,
+    has_traced,
+    inside_function,
+    is_in_place,
+    is_traced,
+    memory,
+    plain,
+    plain_in,
+)
 
 Form = Literal["dual", "along", "graph", "plain", "value"]
 """How a pass is differentiated.
@@ -239,7 +250,7 @@ class Evaluation(TorchFunctionMode):
         elif writes and self._stops_tangents and functorch.maybe_current_level() is not None:
             out = self._write(func, args, kwargs)
         elif self._stops_tangents and not torch.is_grad_enabled():
-            out = _as_constant(func, args, kwargs)
+            out = as_constant(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         scope.created(out, depends and torch.is_grad_enabled())
@@ -248,7 +259,7 @@ class Evaluation(TorchFunctionMode):
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """An operation as torch runs it, or as a constant where gradients are off; for rules that change arguments."""
         if self._stops_tangents and not torch.is_grad_enabled():
-            return _as_constant(func, args, kwargs)
+            return as_constant(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _watch_buffers(self, args: tuple, kwargs: dict, writes: bool) -> None:
@@ -256,7 +267,7 @@ class Evaluation(TorchFunctionMode):
         if writes and not torch.is_grad_enabled():
             target = kwargs.get("out", args[0])
             address = memory(target) if isinstance(target, Tensor) else 0
-            if address in self.buffers and _has_traced(args):
+            if address in self.buffers and has_traced(args):
                 self.carried[address] = self.buffers[address]
         elif self.carried and torch.is_grad_enabled():
             for x in args:
@@ -269,9 +280,9 @@ class Evaluation(TorchFunctionMode):
         if not isinstance(target, Tensor) or functorch.is_functorch_wrapped_tensor(target):
             return self.run(func, args, kwargs)
         sources = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not target]
-        if not torch.is_grad_enabled() or not any(map(_is_traced, sources)):
+        if not torch.is_grad_enabled() or not any(map(is_traced, sources)):
             with temporarily_clear_interpreter_stack(), torch.no_grad():
-                func(*_plain(args), **_plain(kwargs))
+                func(*plain_in(args), **plain_in(kwargs))
             return target
         copied = target.clone()  # belongs to the transform
         self.replace(target, copied)
@@ -298,9 +309,9 @@ class Evaluation(TorchFunctionMode):
         address, scope = memory(target), self.scopes[-1]
         if self.weights[address] > 0:
             raise DerivativeError(
-                f"the forward pass writes into a weight of {list(target.shape)} entries ({_name(func)}): the training "
-                "step then moves it in a way that no derivative follows. Compute with a changed copy, or change the "
-                "weights in a callback between steps."
+                f"the forward pass writes into a weight of {list(target.shape)} entries ({described(func)}): the "
+                "training step then moves it as no derivative follows. Compute with a changed copy, or change "
+                "the weights in a callback between steps."
             )
         if isinstance(scope, Run) and address in scope.inputs:
             raise WritesItsInput(address)
@@ -367,10 +378,10 @@ class Run(Scope):
             i = len(self.operations)
             before = self._expected[i] if i < len(self._expected) else None
             if before is not func:
-                was = "ended there" if before is None else f"was {_name(before)}"
+                was = "ended there" if before is None else f"was {described(before)}"
                 raise DerivativeError(
-                    f"a block took another way when it ran again for its gradient: operation {i + 1} is {_name(func)}, "
-                    f"and {was} before. {_CHANGED}"
+                    f"a block took another way when it ran again for its gradient: operation {i + 1} is "
+                    f"{described(func)}, and {was} before. {_CHANGED}"
                 )
         self.operations.append(func)
 
@@ -430,158 +441,3 @@ _CHANGED = (
     "Something that it reads has changed in between, and is neither an attribute of its modules nor a buffer, a hook "
     "or a container that they refer to. Keep it in an attribute of the module, or pass it as an argument."
 )
-
-TRAINED = "_scalemlo_trained"
-"""Marks lent weights whose live ones require a gradient: they say so themselves."""
-
-DEPENDS = "_scalemlo_depends"
-"""Marks tensors inside a run that depend on weights which are trained: they would require a gradient."""
-
-
-def inside_function() -> bool:
-    """Whether the forward or the jvp of a ``torch.autograd.Function`` is running: torch switches tangents off there."""
-    return not torch._C._is_fwd_grad_enabled()
-
-
-# ---- constants -------------------------------------------------------------------------------------------------------
-def _as_constant(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """An operation under ``no_grad``: its outcome carries no derivative, and what it writes into keeps its own."""
-    written = kwargs.get("out")
-    if isinstance(written, Tensor):
-        func(*_constants(args), **_constants(kwargs))
-        return written
-    if args and isinstance(args[0], Tensor) and is_in_place(func, args, kwargs):
-        func(*_constants(args), **_constants(kwargs))
-        return args[0]
-    out = func(*args, **kwargs)
-    if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and _is_the_same(func, args[0], out):
-        return args[0]  # x.float() of an fp32 tensor is x itself, whose gradient no_grad does not stop
-    out = _constants(out)
-    if _has_traced(args):
-        for x in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(x, Tensor):
-                x.__dict__[_STOPPED] = True
-    return out
-
-
-_STOPPED = "_scalemlo_stopped"
-"""Marks constants that have been computed from what moves."""
-
-
-def _has_traced(args: Sequence[Any]) -> bool:
-    return any(isinstance(x, Tensor) and (_STOPPED in x.__dict__ or _is_traced(x)) for x in args)
-
-
-def _constants(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach() if x.is_floating_point() or x.is_complex() else x
-    if isinstance(x, (list, tuple)):
-        found = [_constants(item) for item in x]
-        return type(x)(*found) if hasattr(x, "_fields") else type(x)(found)
-    if isinstance(x, dict):
-        return type(x)({key: _constants(item) for key, item in x.items()})
-    return x
-
-
-_MAY_RETURN_ITS_INPUT = frozenset(("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous"))
-
-
-def _is_the_same(func: Callable, x: Tensor, out: Tensor) -> bool:
-    """Whether an operation would have returned its very input outside of any derivative."""
-    if name_of(func) not in _MAY_RETURN_ITS_INPUT or out.dtype != x.dtype or out.device != x.device:
-        return False
-    return x.stride() == out.stride() and x.shape == out.shape
-
-
-def name_of(func: Callable) -> str:
-    """Its plain name; empty for objects that can be called and have none."""
-    return getattr(func, "__name__", "")
-
-
-def plain(x: Tensor) -> Tensor:
-    """The value of a tensor, out of all derivatives."""
-    with DisableTorchFunction():
-        x = _unwrapped(x)
-        if fwAD._current_level >= 0:
-            with fwAD._set_fwd_grad_enabled(True):
-                x = fwAD.unpack_dual(x).primal
-        return x.detach()
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return plain(x)
-    if isinstance(x, (list, tuple)):
-        return type(x)(_plain(item) for item in x)
-    if isinstance(x, dict):
-        return {key: _plain(item) for key, item in x.items()}
-    return x
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether a tensor carries a derivative of any kind."""
-    if not (x.is_floating_point() or x.is_complex()):
-        return False
-    return has_tangent(x) or (functorch.is_functorch_wrapped_tensor(x) and x.requires_grad)
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether a plain dual number is somewhere inside a tensor."""
-    if fwAD._current_level < 0:
-        return False
-    with DisableTorchFunction(), fwAD._set_fwd_grad_enabled(True):
-        return fwAD.unpack_dual(_unwrapped(x)).tangent is not None
-
-
-def memory(x: Tensor) -> int:
-    """Identifies the memory that a tensor and its views lie in, whatever transforms wrap it."""
-    with DisableTorchFunction():
-        return _unwrapped(x).untyped_storage()._cdata
-
-
-def _unwrapped(x: Tensor) -> Tensor:
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
-
-
-@cache
-def _writes_by_name(func: Callable) -> bool:
-    name = name_of(func)
-    if name in ("requires_grad_", "detach_", "share_memory_", "rename_"):
-        return False
-    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"__{name}__"
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift")
-) | {"__irshift__", "__imatmul__"}
-
-
-def is_in_place(func: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation writes into its first argument, or into ``out=``."""
-    if _writes_by_name(func) or func is _SET_ITEM or kwargs.get("out") is not None:
-        return True
-    return kwargs.get("inplace") is True or (len(args) > 1 and _inplace_by_position(func, args))
-
-
-@cache
-def _position_of_inplace(func: Callable) -> int | None:
-    """Where the functions of torch.nn.functional have their argument ``inplace``."""
-    code = getattr(func, "__code__", None)
-    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
-        return None
-    return code.co_varnames.index("inplace")
-
-
-def _inplace_by_position(func: Callable, args: tuple) -> bool:
-    position = _position_of_inplace(func)
-    return position is not None and position < len(args) and args[position] is True
-
-
-_SET_ITEM = Tensor.__setitem__
-
-
-def _name(func: Callable) -> str:
-    return getattr(func, "__qualname__", None) or name_of(func) or repr(func)

@@ -18,7 +18,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from ..rng import RNGState
 from .errors import DerivativeError
-from .evaluation import DEPENDS, TRAINED, Evaluation, Form, Rule, current_evaluation, has_tangent, name_of, plain
+from .evaluation import Evaluation, Form, Rule, current_evaluation
+from .tensors import DEPENDS, TRAINED, has_tangent, name_of, plain
 from .unfollowed import inert_in_second_pass, unfollowed
 
 MARKS = (TRAINED, "_is_param")

@@ -23,9 +23,10 @@ from torch._C import _functorch as functorch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..rng import RNGState
-from .evaluation import DEPENDS, Captured, Evaluation, Marking, Run, Scope, WritesItsInput, memory
+from .evaluation import Captured, Evaluation, Marking, Run, Scope, WritesItsInput
 from .operations import MARKS, evaluation
 from .python_state import PythonState
+from .tensors import DEPENDS, memory
 
 
 class Replay:

@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .copying import copy_structure
 from .errors import DerivativeError
-from .evaluation import Form, current_evaluation, memory
+from .evaluation import Form, current_evaluation
 from .mirroring import Mirror
 from .operations import mark_parameter, mark_trained
 from .python_state import PythonState
 from .remat import Replay, remat
 from .safety import find_foreign_kernel, find_suspects, make_safe
+from .tensors import memory
 
 Rematerialised = Literal["not", "remat", "checkpoint"]
 """What becomes of a unit's graph: it is kept, or made again in the backward, by :mod:`.remat` or torch's checkpoint."""

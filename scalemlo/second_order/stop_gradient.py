@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .evaluation import inside_function
+from .tensors import inside_function
 
 
 class Constants(TorchFunctionMode):
