@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .asked import Asked
 from .data import BatchStream
-from .distributed import all_reduce_mean_, rank, world_size
+from .distributed import all_reduce_mean_, world_size
 from .engines import Engine, ModuleView
 from .engines.base import ParameterBlock
 from .entry import StepEntry
@@ -204,34 +204,30 @@ class LevelTrainer:
             engine.clear_gradients()
         return GradientResult(float(all_reduce_mean_(total)), gradients, reached)
 
-    def products_of_examples(self, v: Shards, examples: Sequence[tuple[int, int]]) -> list[float]:
-        """``<grad l_i, v>`` by each example's own backward pass on the live module: first derivatives, any kernel.
+    def product_of_examples(self, v: Shards, factors: Tensor) -> float:
+        """``sum_i r_i <grad l_i, v>`` over all ranks, by one backward pass of the live module: any kernel.
 
         For losses that are one :func:`scalemlo.weighted_mean`. Collective.
 
         Args:
             v: Direction.
-            examples: Of the first micro-batch, as (rank, position on it).
+            factors: r_i, ``[B]``, of this rank's examples in the first micro-batch.
 
         Returns:
-            One number per example.
+            The sum.
         """
-        engines, found = self._engines(), []
-        for of_rank, i in examples:
-            tape = WeightedMeanTape()
-            with seeded(self._seed, self.engine.device), self._leaving_one_trace(), ExitStack() as stack:
-                for engine in engines:
-                    stack.enter_context(engine.live_pass(wanted=engine is self.engine, last=True))
-                with tape.recording():
-                    self.evaluate(self.batches[0])
-                assert tape.losses is not None, "the caller has seen one"
-                mine = tape.losses[i] if of_rank == rank() else tape.losses[0] * 0.0
-                self._backward(mine, self.scaler.scale, [self.engine])
-            taken = self.engine.take_gradients(self.block.names)
+        engines, tape = self._engines(), WeightedMeanTape()
+        with seeded(self._seed, self.engine.device), self._leaving_one_trace(), ExitStack() as stack:
             for engine in engines:
-                engine.clear_gradients()
-            found.append(float(self.block.vector(taken).dot(v)) * world_size() / self.scaler.scale)
-        return found
+                stack.enter_context(engine.live_pass(wanted=engine is self.engine, last=True))
+            with tape.recording():
+                self.evaluate(self.batches[0])
+            assert tape.losses is not None, "the caller has seen one"
+            self._backward((tape.losses * factors.to(tape.losses)).sum(), self.scaler.scale, [self.engine])
+        taken = self.engine.take_gradients(self.block.names)
+        for engine in engines:
+            engine.clear_gradients()
+        return float(self.block.vector(taken).dot(v)) * world_size() / self.scaler.scale
 
     @property
     def entry(self) -> StepEntry:

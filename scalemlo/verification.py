@@ -57,9 +57,6 @@ RELATIVE_STEPS = {"fp64": (1e-3, 1e-6, 1e-2), "fp32": (1e-2, 1e-3, 5e-2), "bf16"
 MAX_ENTRIES = 50_000_000
 """Of levels with more weights, over all ranks, some units are looked at."""
 
-NUM_EXAMPLES = 3
-"""How many ghost products are compared with their examples' own gradients."""
-
 
 @dataclass
 class _Known:
@@ -156,33 +153,28 @@ def _modes(lower: LevelTrainer) -> int:
 
 # ---- ghost products --------------------------------------------------------------------------------------------------
 def error_of_products(lower: LevelTrainer, ghost: GhostProducts, draw: int) -> tuple[float, float]:
-    """Compare a few ghost products with ``<grad l_i, v>`` by their examples' own backward passes. Collective.
+    """Compare ghost products with ``<grad l_i, v>`` of the live module, all at once. Collective.
+
+    One more backward pass, of the losses with random factors r_i in the place of their weights, gives
+    ``sum_i r_i <grad l_i, v>`` without any product.
 
     Args:
         lower: The level.
         ghost: What has given products for its batches.
-        draw: Decides which examples.
+        draw: Decides the factors.
 
     Returns:
-        The largest difference relative to the products' root mean square, and the limit for it.
+        The difference relative to the size of such a sum, and the limit for it.
     """
     assert ghost.first is not None, "they are there unless they were refused"
     products = ghost.first.double()
-    totals = torch.stack([products.square().sum(), products.new_tensor(float(len(products)))])
-    sizes = [int(n) for n in _everyone(float(len(products)))]
-    size = math.sqrt(float(_summed(totals)[0] / _summed(totals)[1]))
-    examples = []
-    for k in range(NUM_EXAMPLES):
-        of_rank = (draw + k) % world_size()
-        examples.append((of_rank, (draw * 7919 + k * 104729) % sizes[of_rank]))
-    examples = list(dict.fromkeys(examples))
-    mine = [float(products[i]) if r == _rank() else 0.0 for r, i in examples]
-    found = _summed(torch.tensor(mine, dtype=torch.float64)).tolist()
-    expected = lower.products_of_examples(ghost.v, examples)
-    errors = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    size = max(size, max(map(abs, expected)))
-    error = max(errors) / size if size > 0 else max(errors)
-    return error, GHOST_TOLERANCE[precision_of(lower)]
+    generator = torch.Generator().manual_seed(7919 * draw + _rank())
+    factors = torch.randn(len(products), generator=generator, dtype=torch.float64).to(products.device)
+    found, square = _summed(torch.stack([(factors * products).sum(), (factors * products).square().sum()])).tolist()
+    expected = lower.product_of_examples(ghost.v, factors)
+    size = max(math.sqrt(square), abs(expected))
+    error = abs(found - expected)
+    return (error / size if size > 0 else error), GHOST_TOLERANCE[precision_of(lower)]
 
 
 # ---- the hop ---------------------------------------------------------------------------------------------------------
@@ -487,9 +479,3 @@ def _summed(x: Tensor) -> Tensor:
 
 def _rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def _everyone(x: float) -> list[float]:
-    mine = torch.zeros(world_size(), dtype=torch.float64)
-    mine[_rank()] = x
-    return _summed(mine).tolist()

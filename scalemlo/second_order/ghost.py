@@ -11,8 +11,8 @@ It is exact under conditions that are checked at every step: the loss returned i
 whose weights have nothing in common with the losses in autograd's graph (neither the lower weights nor a level above);
 every layer keeps examples apart along the first dimension, and so does every operation between (:mod:`.graph_audit`);
 no weight is zero. What no such check sees (a weight used past its layer, say) shows at the first use, and at the first
-of every graph with operations that were not there before: a few products are compared with gradients of single
-examples on the live module.
+of every graph with operations that were not there before: products are compared with a random sum of single examples'
+gradients on the live module.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ SMALLEST_WEIGHT = {"fp32": 1e-12, "bf16": 1e-12, "fp16": 1e-2}
 """Weights smaller than this part of the batch's largest push gradients below what the compute dtype can represent."""
 
 TOLERANCE = {"fp64": 1e-7, "fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
-"""How far a product may be from that of an example's own gradient, relative to the products' size, by compute dtype."""
+"""How far products may be from those of the examples' own gradients, relative to their size, by compute dtype."""
 
 
 @dataclass
