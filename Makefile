@@ -6,14 +6,20 @@
 #   PIP_FLAGS    more options for pip. On Linux plain PyPI serves the CUDA build of torch (gigabytes); for the CPU build:
 #                make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_FLAGS more options for pytest                             make test PYTEST_FLAGS="-k fsdp -x"
+#   MINUTES, DEVICE, OUT   of `make gpu`; without a GPU              make gpu DEVICE=cpu
 #   DEMO_FLAGS   key=value changes to the demo's configuration       make demo DEMO_FLAGS="steps=20"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+MINUTES ?= 9
+DEVICE ?= auto
+OUT ?= runs/gpu
+# A machine without a network has its own interpreter with torch:  make gpu GPU_PYTHON=python3
+GPU_PYTHON ?=
 
-.PHONY: demo test test-full bench lint format clean
+.PHONY: demo test test-full bench gpu lint format clean
 
 # The stamps make a second call quick; a change of pyproject.toml or constraints.txt installs again.
 .venv/bin/python:
@@ -49,6 +55,15 @@ test-full: .venv/.test.stamp
 # Runs every benchmark; each says on its first lines what it measures.
 bench: .venv/.test.stamp
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; .venv/bin/python "$$file" || exit 1; done
+
+# Checks, speed, memory and plans on this machine's GPU; see the first lines of benchmarks/gpu/run.py.
+ifeq ($(GPU_PYTHON),)
+gpu: .venv/.test.stamp
+	.venv/bin/python benchmarks/gpu/run.py --out $(OUT) --minutes $(MINUTES) --device $(DEVICE)
+else
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/run.py --out $(OUT) --minutes $(MINUTES) --device $(DEVICE)
+endif
 
 lint: .venv/.test.stamp
 	.venv/bin/ruff check .

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..distributed import ensure_group, rank, world_size
+from ..versions import forget_pass
 from .base import EngineSpec
 from .gather import RowSharding
 from .sharded import ShardedEngine, cast
@@ -115,9 +116,7 @@ class FSDPEngine(ShardedEngine):
 
     def recover(self) -> None:
         """See :meth:`Engine.recover`."""
-        assert isinstance(self.module, FSDPModule)
-        if self.module._get_fsdp_state()._is_root is not None:  # else it has not run yet
-            self.module.reset_iter_state()
+        forget_pass(self.module)
         super().recover()
 
     def _reshard(self) -> None:

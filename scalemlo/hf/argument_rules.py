@@ -147,7 +147,8 @@ def check_left_to_levels(args: Any) -> None:
         ValueError: With the fields that are set.
     """
     default = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
-    wrong = [name for name in LEFT_TO_LEVELS if getattr(args, name) != getattr(default, name)]
+    known = [name for name in LEFT_TO_LEVELS if hasattr(default, name)]  # not all versions have all
+    wrong = [name for name in known if getattr(args, name) != getattr(default, name)]
     if wrong:
         raise ValueError(
             f"{type(args).__name__}: {wrong[0]}={getattr(args, wrong[0])!r} is said by the levels of MLOTrainer "

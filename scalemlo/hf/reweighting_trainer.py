@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..folders import check_writable
 from ..ranks import Ranks
+from ..versions import checkpointing_of
 from .config import ReweightingConfig
 from .engine_choice import small_engine
 from .evaluation import map_examples
@@ -103,8 +104,7 @@ class ReweightingTrainer(MLOTrainer):
             raise ValueError(f"model_init_kwargs={model_options!r} has no effect: model is a module already.")
         self.args, self.processing_class, self._collate, self._losses = args, processing_class, data_collator, losses
         hypergradient = args.build_hypergradient()
-        checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
-        model = made_ready(model, peft_config, hypergradient, checkpointing)
+        model = made_ready(model, peft_config, hypergradient, checkpointing_of(args))
         domains = {"domain_column": args.domain_column} if args.domain_column is not None else {}
         self._source = train_dataset
         self.train_dataset = self._prepared(train_dataset, "train_dataset", **domains)

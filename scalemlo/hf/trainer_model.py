@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hypergradients import Hypergradient
 from ..second_order.safety import find_foreign_kernel
+from ..versions import checkpoint_activations
 from .models import load_causal_lm
 
 DTYPE_NAMES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -92,12 +93,11 @@ def _adapted(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
 
 
 def _checkpoint_activations(model: Any, options: Mapping[str, Any]) -> None:
-    if not hasattr(model, "activation_checkpointing_enable"):
+    if options.get("use_reentrant"):
+        raise ValueError("activation_checkpointing_kwargs: use_reentrant=True hides the graph; set it to False.")
+    if not checkpoint_activations(model, dict(options) | {"use_reentrant": False}):
         raise ValueError(
             f"activation_checkpointing=True: {type(model).__name__} has no activation_checkpointing_enable."
         )
-    if options.get("use_reentrant"):
-        raise ValueError("activation_checkpointing_kwargs: use_reentrant=True hides the graph; set it to False.")
-    model.activation_checkpointing_enable(dict(options) | {"use_reentrant": False})
     # For reentrant checkpoints transformers makes the embeddings' outputs require gradients, which no transform allows.
     model.disable_input_require_grads()

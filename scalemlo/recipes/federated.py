@@ -144,7 +144,7 @@ class Rows(mlo.Level):
 
     def near(self, batch, rows: Tensor) -> Tensor:
         """Sum over sites of their mean losses, and the distance from the rows above."""
-        inputs = batch[0], self.of_site[batch[2]]
+        inputs = batch[0], self.of_site.to(batch[2].device)[batch[2]]
         fit = mlo.mean(losses(self.module, (inputs, batch[1]))) * len(self.of_site)
         return fit + self.proximity * distance(self.module(), rows[self.above])
 

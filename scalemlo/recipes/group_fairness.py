@@ -178,7 +178,7 @@ def reweighted(cell: Cell[GroupFairnessConfig]) -> Outcome:
 
     def note() -> None:
         with program.inference("weights") as weights:
-            shares.append(weights(torch.arange(len(GROUPS))).cpu().numpy() / len(GROUPS))
+            shares.append(weights(torch.arange(len(GROUPS), device=program.device)).cpu().numpy() / len(GROUPS))
         steps.append(program.num_steps)
 
     scores = _train(cell, program, data, note)

@@ -4,6 +4,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class DerivativeError(RuntimeError):
     """A derivative cannot be taken the way it was asked for; says which operation and the way out."""
@@ -79,11 +81,12 @@ def explained(suspects: Iterable[str] = ()) -> Iterator[None]:
 
     Raises:
         DerivativeError: In the place of an error that is recognised.
+        OutOfMemoryError: As it is, whatever it says.
         RuntimeError: Any other, as it is.
     """
     try:
         yield
-    except DerivativeError:
+    except (DerivativeError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, NotImplementedError) as error:
         message = str(error)

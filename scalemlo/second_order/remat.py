@@ -23,6 +23,7 @@ from torch._C import _functorch as functorch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..rng import RNGState
+from ..versions import accelerator_types
 from .evaluation import Captured, Evaluation, Marking, Run, Scope, WritesItsInput
 from .operations import MARKS, evaluation
 from .python_state import PythonState
@@ -56,7 +57,7 @@ class Replay:
         """
         if self._autocast is None:
             self._autocast = [
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _device_types()
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in accelerator_types()
             ]
             self._entry = None if self._capture is None else self._capture()
             yield
@@ -338,11 +339,6 @@ def _items(x: list | dict) -> list[tuple[Any, Any]]:
 
 def _is_continuous(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
-
-
-def _device_types() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 @contextmanager

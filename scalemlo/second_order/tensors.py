@@ -64,7 +64,9 @@ def constants(x: Any) -> Any:
     return x
 
 
-_MAY_RETURN_ITS_INPUT = frozenset(("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous"))
+_MAY_RETURN_ITS_INPUT = frozenset(
+    ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "xpu", "contiguous")
+)
 
 
 def is_the_same(func: Callable, x: Tensor, out: Tensor) -> bool:
