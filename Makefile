@@ -19,7 +19,7 @@ OUT ?= runs/gpu
 # A machine without a network has its own interpreter with torch:  make gpu GPU_PYTHON=python3
 GPU_PYTHON ?=
 
-.PHONY: demo test test-full bench gpu lint format clean
+.PHONY: demo test test-full test-oldest bench gpu lint format clean
 
 # The stamps make a second call quick; a change of pyproject.toml or constraints.txt installs again.
 .venv/bin/python:
@@ -51,6 +51,12 @@ test-full: .venv/.test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ty check
 	$(PYTEST) --full $(PYTEST_FLAGS)
+
+# The fast checks on the oldest versions that pyproject.toml allows; PYTHON=python3.12 picks the interpreter.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,dev]" -c constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Runs every benchmark; each says on its first lines what it measures.
 bench: .venv/.test.stamp

@@ -237,6 +237,9 @@ CASES = [(engine, estimator) for engine in ENGINES for estimator in ("products",
     + [pytest.param(*case, everywhere, marks=pytest.mark.full) for case in CASES],
 )
 def test_on_ranks(engine, estimator, which):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+
     def body(rank, world_size):
         return run_with_faults(ENGINES[engine], estimator, which)
 

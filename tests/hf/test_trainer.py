@@ -1,5 +1,6 @@
 """ReweightingTrainer and MLOTrainer in one process."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,10 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import scalemlo as mlo
 from scalemlo.hf import MLOCallback, MLOConfig, MLOTrainer, ReweightingTrainer
+from scalemlo.versions import NEWER, OLDER
 from tests.hf.trainer_runs import arguments, losses_of, rows, tiny_llama, trainer, weights_of
 from tests.hf.words import word_tokenizer
 
@@ -147,8 +149,10 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
-    plain, checkpointed = trainer(tmp_path), trainer(tmp_path, activation_checkpointing=True)
-    assert checkpointed.model.is_activation_checkpointing
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    name = NEWER if NEWER in names else OLDER
+    plain, checkpointed = trainer(tmp_path), trainer(tmp_path, **{name: True})
+    assert getattr(checkpointed.model, f"is_{name}")
     for run in (plain, checkpointed):
         run.train()
     _agree(plain, checkpointed)
