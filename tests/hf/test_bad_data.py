@@ -1,5 +1,7 @@
 """What does not fit is refused by a sentence before the first step, with the field, the values and the way out."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
@@ -114,3 +116,12 @@ def test_looking_leaves_no_folder(tmp_path):
     (tmp_path / "kept").mkdir()
     check_writable(tmp_path / "kept", "output_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_ranks_that_look_at_once_do_not_take_the_folder_from_each_other(tmp_path):
+    def look(turn):
+        check_writable(tmp_path / f"run_{turn // 8}" / "checkpoints", "output_dir")
+
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(look, range(800)))
+    assert list(tmp_path.iterdir()) == []
