@@ -55,7 +55,7 @@ test-full: .venv/.test.stamp
 # The fast checks on the oldest versions that pyproject.toml allows; PYTHON=python3.12 picks the interpreter.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,dev]" -c constraints-oldest.txt
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,test]" -c constraints-oldest.txt
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Runs every benchmark; each says on its first lines what it measures.
