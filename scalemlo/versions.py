@@ -1,9 +1,11 @@
 """What differs between the versions of torch and transformers that are supported: torch 2.11, transformers 5.17 on."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 NEWER, OLDER = "activation_checkpointing", "gradient_checkpointing"
 """What transformers calls it."""
@@ -31,6 +33,16 @@ def checkpoint_activations(model: Any, options: dict[str, Any]) -> bool:
             enable(options)
             return True
     return False
+
+
+def buffers_stay() -> dict[str, Any]:
+    """The argument of ``DistributedDataParallel`` by which no forward broadcasts the buffers of rank 0.
+
+    Returns:
+        It, as torch 2.13 or an older torch names it.
+    """
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if newer else "broadcast_buffers": False}
 
 
 def forget_pass(module: nn.Module) -> None:

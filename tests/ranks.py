@@ -105,7 +105,7 @@ def run_ranks(
         *args: passed on to `fn`.
         timeout_seconds: then the ranks that still run are killed, and the failure shows where each one was.
         init_process_group: false leaves the process group to `fn`; it can use `init_method="env://"`.
-        start_method: `"fork"`, or `"spawn"`; by default fork, spawn where CUDA is visible.
+        start_method: `"fork"`, or `"spawn"`; by default fork, spawn where an accelerator is visible.
         **kwargs: passed on to `fn`.
 
     Returns:
@@ -116,7 +116,7 @@ def run_ranks(
     """
     __tracebackhide__ = True
     if start_method is None:
-        start_method = "spawn" if torch.cuda.is_available() else "fork"
+        start_method = "spawn" if torch.accelerator.is_available() else "fork"
     context = mp.get_context(start_method)
     body = functools.partial(_call, fn, args, kwargs)
     if start_method == "spawn":

@@ -71,7 +71,7 @@ def test_large_values_come_back():
     assert [value.sum().item() for value in values] == [0.0, float(1 << 20)]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's device threads do not survive a fork")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="autograd's device threads do not survive a fork")
 def test_fork_after_the_parent_has_used_several_threads():
     """OpenMP's threads do not survive a fork; ranks work all the same because they use one thread."""
     torch.set_num_threads(2)

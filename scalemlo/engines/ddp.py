@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import all_reduce_mean_, ensure_group
+from ..versions import buffers_stay
 from .base import EngineSpec
 from .single import ReplicatedEngine
 
@@ -38,7 +39,7 @@ class DDPEngine(ReplicatedEngine):
         super().__init__(module, spec, name=name, device=device)
         self._ddp = DistributedDataParallel(
             _WithLoss(self.module, may_skip_parameters),
-            broadcast_buffers=False,  # a broadcast between two forwards of one loss would break the backward
+            **buffers_stay(),  # a broadcast between two forwards of one loss would break the backward
             find_unused_parameters=may_skip_parameters,
             bucket_cap_mb=spec.bucket_cap_mib,
         )

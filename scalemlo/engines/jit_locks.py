@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
 MINUTES = 10.0
 """For how long nothing may change in the folder of a build that runs; a single file compiles in less."""
@@ -25,6 +24,8 @@ def extensions_folder() -> Path:
     """Where torch builds extensions: ``TORCH_EXTENSIONS_DIR``, or the folder for this Python and device."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    from torch.utils.cpp_extension import get_default_build_root  # needs setuptools and speaks of CUDA when imported
+
     rocm, cuda = torch.version.hip, torch.version.cuda
     device = f"rocm{rocm.replace('.', '')}" if rocm else f"cu{cuda.replace('.', '')}" if cuda else "cpu"
     return Path(get_default_build_root()) / f"py{sys.version_info[0]}{sys.version_info[1]}{sys.abiflags}_{device}"

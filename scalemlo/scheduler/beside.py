@@ -53,7 +53,8 @@ class PlanBeside:
 
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         environment = {name: value for name, value in os.environ.items() if not OF_LAUNCHERS.fullmatch(name)}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
+        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         asked = {
             "config": to_yaml(config),
             "world_size": world_size(),
