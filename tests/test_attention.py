@@ -123,7 +123,7 @@ SMALL = dict(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_h
     [
         (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)), NAMES["sdpa"]),
         (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, attn_implementation="eager")), NAMES["eager"]),
-        (lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL)), NAMES["eager"]),
+        (lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL, attn_implementation="eager")), NAMES["eager"]),
         # its code asks whether the implementation is "eager"
         (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=31)), NAMES["sdpa"]),
         (
