@@ -243,7 +243,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(worker(**json.loads(options.worker))))
         return
-    from scalemlo.reporting import markdown_table
+    from scalemlo.reporting.tables import markdown_table
 
     own, theirs = Package("scalemlo", sys.executable), Package("betty", options.peers_python)
     plain = Package("torch", sys.executable)

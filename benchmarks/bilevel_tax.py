@@ -20,7 +20,7 @@ from functools import partial
 
 import measure
 
-from scalemlo.reporting import markdown_table
+from scalemlo.reporting.tables import markdown_table
 
 UNROLL_STEPS = (1, 4)
 MODEL = dict(
@@ -44,7 +44,7 @@ def measured(trained: str, variant: str, unroll_steps: int, num_iterations: int,
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import scalemlo as mlo
-    from scalemlo.tracking import peak_bytes, reset_peak_bytes
+    from scalemlo.history import peak_bytes, reset_peak_bytes
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

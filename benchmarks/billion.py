@@ -33,7 +33,7 @@ def build(shape: dict) -> Any:
     from weighing import Finetune, Weigh
 
     import scalemlo as mlo
-    from scalemlo.scheduler.plan import simulated_layers
+    from scalemlo.planning.plan import simulated_layers
 
     torch.manual_seed(0)
     layers = simulated_layers(shape["num_hidden_layers"])
@@ -72,7 +72,7 @@ def measured(shape: dict) -> dict[str, float]:
 def worker(what: str, shape: dict) -> list:
     """In a fresh process: the plan, or the measurement."""
     if what == "plan":
-        from scalemlo.scheduler.plan import plan
+        from scalemlo.planning.plan import plan
 
         layers = shape["num_hidden_layers"]
         found = plan(lambda: build(shape), world_size=RANKS, accelerator=False, num_layers=layers)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scalemlo as mlo
-from scalemlo.check import CheckReport
-from scalemlo.recipes.images import load_images
-from scalemlo.reporting import markdown_table
+from scalemlo.loop.check import CheckReport
+from scalemlo.recipes.data.images import load_images
+from scalemlo.reporting.tables import markdown_table
 
 WRONG_SHARE = 0.4
 

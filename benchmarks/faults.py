@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests launch in the same way
 
-from scalemlo.reporting import markdown_table
+from scalemlo.reporting.tables import markdown_table
 from tests.faults.launched import ENGINES, OPTIONS, PHASES, RESUME, Fault, checkpoints, finish, launch, learnt
 from tests.tiny_recipe import write_recipe
 

@@ -222,7 +222,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(worker(**json.loads(options.worker))))
         return
-    from scalemlo.reporting import markdown_table
+    from scalemlo.reporting.tables import markdown_table
 
     cases = {"1": ["Single"], "2": ["DDP", "FSDP"]}
     if not options.quick:

@@ -40,7 +40,7 @@ came out. Made by `python benchmarks/gallery.py` from the runs' own files in `do
 def comparisons() -> list[str]:
     """Names of the configurations whose recipes compare, in the order of the recipes."""
     from scalemlo.recipes import RECIPES
-    from scalemlo.recipes.comparison import ComparisonConfig
+    from scalemlo.recipes.study.study import ComparisonConfig
 
     return [name for name, recipe in RECIPES.items() if issubclass(recipe.config, ComparisonConfig)]
 

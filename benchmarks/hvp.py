@@ -82,8 +82,8 @@ def sharded(setting: dict, engine: str, rounds: int, reference: str) -> dict:
     import torch
 
     import scalemlo as mlo
-    from scalemlo.distributed import all_reduce_mean_
-    from scalemlo.second_order.hessian import RetainedHessian, hessian
+    from scalemlo.derivatives.hessian import RetainedHessian, hessian
+    from scalemlo.distributed.group import all_reduce_mean_
 
     class Train(mlo.Level):
         def loss(self, batch):
@@ -319,7 +319,7 @@ def main() -> None:
 
 def report(own: dict[str, dict], theirs: list[dict], path: Path | None) -> None:
     """Print what was found and write the figures."""
-    from scalemlo.reporting import markdown_table
+    from scalemlo.reporting.tables import markdown_table
 
     def ratio(seconds: list[dict], over: str, under: str) -> float:
         return statistics.median(s[over] / s[under] for s in seconds)

@@ -112,7 +112,7 @@ def peak_growth_bytes(function: Callable[[], Any], over: int | None = None) -> i
     Where scalemlo runs in it and is imported already, its phases do not start the kernel's account anew meanwhile.
     """
     gc.collect()
-    tracking = sys.modules.get("scalemlo.tracking")
+    tracking = sys.modules.get("scalemlo.history")
     held = nullcontext() if tracking is None else mock.patch.object(tracking, "reset_peak_bytes", lambda device: None)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # resets VmHWM; see proc(5)

@@ -99,7 +99,7 @@ def measured(setting: dict, case: dict) -> int:
 
 def planned(setting: dict, case: dict) -> dict:
     """The plan of a case, and bytes at the peak by kind."""
-    import scalemlo.scheduler.plan as scheduler
+    import scalemlo.planning.plan as scheduler
 
     plan = scheduler.plan(lambda: build(setting, case), world_size=case["world_size"], accelerator=False)
     phase = plan.peak_phase

@@ -120,15 +120,15 @@ def growth(setting: dict, tight: bool) -> dict:
 
 
 def in_the_given_order(parts: Any, below: Any, sizes: Any) -> Any:
-    """In the place of :func:`scalemlo.scheduler.interleaving.interleave`."""
-    from scalemlo.scheduler.interleaving import Interleaving
+    """In the place of :func:`scalemlo.memory.interleaving.interleave`."""
+    from scalemlo.memory.interleaving import Interleaving
 
     return Interleaving(tuple(tuple(part.work) for part in parts), (), 0)
 
 
 def seconds(setting: dict, tight: bool, *, interleaved: bool = True) -> dict:
     """Per outer iteration, after four that are not counted: until the order is chosen, phases are measured."""
-    from scalemlo.scheduler import scheduler as decisions
+    from scalemlo.memory import scheduler as decisions
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -92,9 +92,9 @@ def write_task(name: str, seed: int, steps: int, path: Path, *, tiny: bool) -> N
         path: Where to save it.
         tiny: Whether all are made of digits, which need no download.
     """
-    from scalemlo import config as cfg
     from scalemlo.recipes import CONFIGS, label_correction, label_noise, long_tail
-    from scalemlo.recipes.images import SmallCNN
+    from scalemlo.recipes.data.images import SmallCNN
+    from scalemlo.runs import config as cfg
 
     recipe = {"long tail": long_tail, "label noise": label_noise, "weak labels": label_correction}[name]
     overrides = ["data=digits"] if tiny else []

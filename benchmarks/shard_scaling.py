@@ -112,7 +112,7 @@ def product(setting: dict, engine: str, reference: str) -> dict[str, float]:
     import torch
 
     import scalemlo as mlo
-    from scalemlo.second_order.hessian import hessian
+    from scalemlo.derivatives.hessian import hessian
 
     program, model = program_of(setting, engine, "fp32")
     v = hvp.direction(hvp.problem(setting)[0])
@@ -169,7 +169,7 @@ def main() -> None:
 
 def report(found: list[dict], path: Path | None) -> None:
     """Print what was found and write the figures."""
-    from scalemlo.reporting import markdown_table
+    from scalemlo.reporting.tables import markdown_table
 
     figures: dict[str, float] = {}
     kinds = ["weights", "masters", "gradients", "moments", "total", "on the host"]

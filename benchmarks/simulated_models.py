@@ -39,7 +39,7 @@ def build(shape: dict, estimator: str, unroll_steps: int, world_size: int, devic
     from weighing import Finetune, Weigh
 
     import scalemlo as mlo
-    from scalemlo.scheduler.plan import simulated_layers
+    from scalemlo.planning.plan import simulated_layers
 
     layers = simulated_layers(shape["num_hidden_layers"])
     kinds = (Qwen2Config, Qwen2ForCausalLM) if shape["vocab_size"] == 152064 else (LlamaConfig, LlamaForCausalLM)
@@ -66,8 +66,8 @@ def build(shape: dict, estimator: str, unroll_steps: int, world_size: int, devic
 def main() -> None:
     """Plan, print and write."""
     options = measure.arguments(__doc__)
-    from scalemlo.scheduler.plan import plan
-    from scalemlo.scheduler.sizes import format_bytes
+    from scalemlo.memory.sizes import format_bytes
+    from scalemlo.planning.plan import plan
 
     models = dict(list(MODELS.items())[:1]) if options.quick else MODELS
     estimators = dict(list(ESTIMATORS.items())[:1]) if options.quick else ESTIMATORS

@@ -1,7 +1,7 @@
 """The two levels of the benchmarks that plan: a net gives each example's loss a weight, and a model is fine-tuned."""
 
 import scalemlo as mlo
-from scalemlo.hf.losses import example_losses
+from scalemlo.hf.losses.next_token import example_losses
 
 
 class Weigh(mlo.Level):

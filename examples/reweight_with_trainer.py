@@ -11,8 +11,8 @@ Expected: 0.62 where 0.5 is chance, in eight minutes on two CPU cores.
 from peft import LoraConfig
 
 from scalemlo.hf import ReweightingConfig, ReweightingTrainer
-from scalemlo.hf.data import corrupt, load_instructions, split_rows
-from scalemlo.reporting import auroc
+from scalemlo.recipes.data.instructions import corrupt, load_instructions, split_rows
+from scalemlo.reporting.tables import auroc
 
 
 def main(model="smollm2-135m-instruct", data="alpaca_en_demo", *, sizes=(96, 64, 32), **options) -> float:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
-from scalemlo.recipes.reviews import weak_reviews
-from scalemlo.reporting import markdown_table
+from scalemlo.recipes.data.reviews import weak_reviews
+from scalemlo.reporting.tables import markdown_table
 
 NUM_CLEAN, BATCH_SIZE = 100, 256
 METHODS = {

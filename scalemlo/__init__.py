@@ -1,8 +1,11 @@
 """scalemlo: multilevel optimization of models too large for one device."""
 
+from .autodiff.errors import DerivativeError
 from .checkpoint import Checkpointing
+from .distributed.shards import Shards
 from .engines import DDP, FSDP, DeepSpeed, Single
 from .graph import LevelGraph, Lower, Upper
+from .history import History
 from .hypergradients import (
     SAMA,
     SOBA,
@@ -19,14 +22,11 @@ from .hypergradients import (
     ZerothOrder,
 )
 from .level import Level
+from .loop.program import NonFiniteError, Program
+from .loop.trackers import TrackWith
+from .memory import Memory
 from .ops import constant, mean, sample, weighted_mean
-from .program import NonFiniteError, Program
-from .scheduler import Memory
-from .scheduler.plan import plan
-from .second_order.errors import DerivativeError
-from .shards import Shards
-from .trackers import TrackWith
-from .tracking import History
+from .planning.plan import plan
 
 __version__ = "0.1.0"
 

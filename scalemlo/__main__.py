@@ -1,6 +1,6 @@
 """``python -m scalemlo``, for launchers that take a module."""
 
-from .cli import run
+from .cli.main import run
 
 if __name__ == "__main__":
     run()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .distributed import all_reduce_sum, world_size
-from .rng import own_seed
+from .autodiff.rng import own_seed
+from .distributed.group import all_reduce_sum, world_size
 
 
 def mean(values: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def constant(x: Tensor) -> Tensor:
 
 @dataclass
 class WeightedMeanTape:
-    """Notes the weighted mean that a loss is made of, for :mod:`scalemlo.second_order.ghost`.
+    """Notes the weighted mean that a loss is made of, for :mod:`scalemlo.derivatives.ghost`.
 
     While recording, the weights are constants of the loss: their part of the derivative is taken from the note.
     """

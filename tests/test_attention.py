@@ -10,10 +10,10 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scalemlo.second_order import attention
-from scalemlo.second_order.attention import NAMES, chunked_eager, chunked_sdpa
-from scalemlo.second_order.remat import remat
-from scalemlo.second_order.safety import make_safe
+from scalemlo.autodiff import attention
+from scalemlo.autodiff.attention import NAMES, chunked_eager, chunked_sdpa
+from scalemlo.autodiff.remat import remat
+from scalemlo.autodiff.safety import make_safe
 
 CHUNK, LENGTH, HEADS = 4, 11, 4
 

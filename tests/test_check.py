@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import scalemlo as mlo
-from scalemlo.reporting import plot_check
-from scalemlo.trajectory import LevelState
+from scalemlo.derivatives.trajectory import LevelState
+from scalemlo.reporting.tables import plot_check
 from tests.problems import Problem, build_modules
 from tests.ranks import run_ranks
 
@@ -86,7 +86,7 @@ def test_ranks_find_what_one_process_finds(spec):
 
 # ---- what is wrong -----------------------------------------------------------------------------------------------
 def test_a_wrong_derivative_is_found(monkeypatch):
-    from scalemlo.training import LevelTrainer
+    from scalemlo.loop.level_trainer import LevelTrainer
 
     original = LevelTrainer.compute_mixed
 
@@ -107,16 +107,18 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
         "pull_back",
         lambda self, v, problem: ({n: x * 1.01 for n, x in original(self, v, problem)[0].items()}, None),
     )
-    monkeypatch.setattr("scalemlo.gradients.TickGradients._note_solve", lambda self, lower, result: None)
-    monkeypatch.setattr("scalemlo.gradients.TickGradients._pull_back", lambda self, v, lower, level, uppers, fixed: (
-        lower.estimator.pull_back(v, lower.asked_by(level, uppers))[0]
-    ))  # fmt: skip
+    monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._note_solve", lambda self, lower, result: None)
+
+    def pull_back(self, v, lower, level, uppers, fixed):
+        return lower.estimator.pull_back(v, lower.asked_by(level, uppers))[0]
+
+    monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._pull_back", pull_back)
     report = program().check([])
     assert not findings(report)["exact hypergradient of rater: difference quotient"]
 
 
 def test_a_hop_of_another_update_is_found(monkeypatch):
-    from scalemlo.training import LevelTrainer
+    from scalemlo.loop.level_trainer import LevelTrainer
 
     original = LevelTrainer.compute_mixed
     monkeypatch.setattr(LevelTrainer, "compute_mixed", lambda *args: {n: x * 1.5 for n, x in original(*args).items()})
@@ -126,7 +128,7 @@ def test_a_hop_of_another_update_is_found(monkeypatch):
 
 
 def test_a_lost_path_is_found(monkeypatch):
-    from scalemlo.gradients import TickGradients
+    from scalemlo.loop.gradients import TickGradients
 
     monkeypatch.setattr(TickGradients, "_sweep", lambda self, adjoints, level, fixed: None)
     report = program(mlo.Identity()).check([])

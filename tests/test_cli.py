@@ -167,7 +167,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder):
 
 @pytest.mark.launch
 def test_check_prints_a_verdict_and_draws(folder, capsys, monkeypatch):
-    from scalemlo.cli import main
+    from scalemlo.cli.main import main
 
     monkeypatch.chdir(folder)
     command = ["check", str(folder / "run.yaml"), f"output_dir={folder}/checked", "hypergradient.type=sama"]
@@ -212,7 +212,7 @@ WRONG = {
 @pytest.mark.launch
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_clear_line(folder, case, capsys, monkeypatch):
-    from scalemlo.cli import main
+    from scalemlo.cli.main import main
 
     overrides, message = WRONG[case]
     monkeypatch.chdir(folder)
@@ -223,7 +223,7 @@ def test_wrong_input_is_one_clear_line(folder, case, capsys, monkeypatch):
 
 
 def test_accelerate_that_starts_one_process_is_noticed(folder, monkeypatch, capsys):
-    from scalemlo.cli import main
+    from scalemlo.cli.main import main
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch --num_processes 2` sets on a CPU
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from scalemlo import config as cfg
-from scalemlo.cli import main
-from scalemlo.commands import COMMANDS
-from scalemlo.commands.env import relevant_variables
-from scalemlo.packaged import packaged
-from scalemlo.provenance import Provenance
+from scalemlo.cli import COMMANDS
+from scalemlo.cli.env import relevant_variables
+from scalemlo.cli.main import main
 from scalemlo.recipes import CONFIGS, RECIPES
-from scalemlo.schema import as_text, described_arguments, schema_of
+from scalemlo.runs import config as cfg
+from scalemlo.runs.packaged import packaged
+from scalemlo.runs.provenance import Provenance
+from scalemlo.runs.schema import as_text, described_arguments, schema_of
 from tests.tiny_recipe import write_recipe
 
 ROOT = Path(__file__).parent.parent

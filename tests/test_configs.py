@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scalemlo import cli
+from scalemlo.cli import main as cli
 from tests.tiny_recipe import write_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import scalemlo as mlo
-from scalemlo import weight_files
-from scalemlo.cli import main
-from scalemlo.convert import to_full, to_hf
-from scalemlo.hf.saving import save_pretrained
+from scalemlo.checkpoint import weight_files
+from scalemlo.checkpoint.export import to_full, to_hf
+from scalemlo.cli.main import main
+from scalemlo.hf.models.saving import save_pretrained
 from tests.problems import gpt2_tied, llama, mlp, token_batch
 from tests.ranks import run_ranks
 
@@ -123,7 +123,7 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     program.run(1, progress=False)
     program.save(tmp_path)
     size = module[0].weight.nbytes
-    monkeypatch.setattr("scalemlo.convert.WeightFiles", Held)
+    monkeypatch.setattr("scalemlo.checkpoint.export.WeightFiles", Held)
     to_full(tmp_path, tmp_path / "full", max_shard_bytes=2 * size)
     assert Held.peak == 2 * size
     index = json.loads((tmp_path / "full/sum.safetensors.index.json").read_text())

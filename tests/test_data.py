@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 from transformers import BatchEncoding
 
-from scalemlo.data import BatchStream, batch_size, map_tensors
+from scalemlo.loop.batches import BatchStream, batch_size, map_tensors
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import scalemlo as mlo
-from scalemlo.second_order.hessian import hessian
+from scalemlo.derivatives.hessian import hessian
 from tests.cases import CASES
 from tests.problems import Problem, Snapshot, build_modules, full_tensors, relative_error
 from tests.ranks import run_ranks

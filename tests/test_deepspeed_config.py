@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scalemlo as mlo
-from scalemlo.engines import deepspeed_config as configuration
+from scalemlo.engines.deepspeed import config as configuration
 
 ZERO2 = {  # "ZeRO-2 example" of transformers' documentation
     "fp16": {

@@ -1,4 +1,4 @@
-"""What `scalemlo.engines._deepspeed_internals` uses of DeepSpeed exists; a new version that renames it fails here."""
+"""What `scalemlo.engines.deepspeed.partition` uses of DeepSpeed exists; a new version that renames it fails here."""
 
 import inspect
 

@@ -11,10 +11,10 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import scalemlo as mlo
-from scalemlo.config import HypergradientConfig
+from scalemlo.derivatives.update_rules import UPDATE_RULES
 from scalemlo.hypergradients import ESTIMATORS
 from scalemlo.hypergradients.update_derivative import RULES
-from scalemlo.update_rules import UPDATE_RULES
+from scalemlo.runs.config import HypergradientConfig
 from tests.test_closed_form import Vector
 
 DOCS = Path(__file__).parent.parent / "docs"

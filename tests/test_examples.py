@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalemlo.recipes import reviews
+from scalemlo.recipes.data import reviews
 from tests.tiny_recipe import write_recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scalemlo as mlo
-from scalemlo.hf.losses import example_losses
-from scalemlo.second_order import attention
-from scalemlo.second_order.hessian import RetainedHessian, hessian
+from scalemlo.autodiff import attention
+from scalemlo.derivatives.hessian import RetainedHessian, hessian
+from scalemlo.hf.losses.next_token import example_losses
 from tests.problems import full_tensors, relative_error, weight_net
 from tests.ranks import run_ranks
 

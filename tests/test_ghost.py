@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import scalemlo as mlo
-from scalemlo.second_order.ghost import GhostProducts
-from scalemlo.second_order.layer_products import is_affine, obstacle, product
+from scalemlo.autodiff.layer_products import is_affine, obstacle, product
+from scalemlo.derivatives.ghost import GhostProducts
 from tests.problems import (
     LOWER_MODULES,
     Dropped,

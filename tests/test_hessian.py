@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scalemlo as mlo
-from scalemlo.second_order.hessian import RetainedHessian, hessian
+from scalemlo.derivatives.hessian import RetainedHessian, hessian
 from tests.problems import BATCH, Problem, Snapshot, build_modules, full_tensors, relative_error, token_batch
 from tests.ranks import run_ranks
 

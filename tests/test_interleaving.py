@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import scalemlo as mlo
-from scalemlo.scheduler import scheduler
-from scalemlo.scheduler.interleaving import Interleaving, Part, Sizes, interleave, moved_bytes
-from scalemlo.scheduler.phases import Phase, StateName
-from scalemlo.scheduler.plan import plan
+from scalemlo.memory import scheduler
+from scalemlo.memory.interleaving import Interleaving, Part, Sizes, interleave, moved_bytes
+from scalemlo.memory.phases import Phase, StateName
+from scalemlo.planning.plan import plan
 from tests import test_residency
 from tests.ranks import run_ranks
 from tests.test_residency import LEVELS, TRAINED

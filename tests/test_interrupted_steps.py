@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import scalemlo as mlo
-from scalemlo.listener import Listener
+from scalemlo.loop.listener import Listener
 from tests.ranks import run_ranks
 
 ENGINES = {"ddp": mlo.DDP, "fsdp": mlo.FSDP} | {

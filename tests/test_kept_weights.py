@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import scalemlo as mlo
 from scalemlo.engines.kept import KeptWeights
-from scalemlo.scheduler.plan import plan
+from scalemlo.planning.plan import plan
 from tests.cases import CASES
 from tests.problems import Problem, build_modules, weights
 from tests.ranks import run_ranks

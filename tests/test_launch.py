@@ -15,11 +15,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 import scalemlo as mlo
-from scalemlo import config as cfg
-from scalemlo import launcher
-from scalemlo.cli import main
-from scalemlo.engines import jit_locks
-from scalemlo.launched import claims
+from scalemlo.cli import launcher
+from scalemlo.cli.main import main
+from scalemlo.engines.deepspeed import jit_locks
+from scalemlo.runs import config as cfg
+from scalemlo.runs.launched import claims
 
 
 @dataclass(kw_only=True)
@@ -293,6 +293,5 @@ def test_the_folder_is_the_one_that_torch_builds_in(monkeypatch, tmp_path):
 
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
-    monkeypatch.setattr(jit_locks, "get_default_build_root", lambda: str(tmp_path))
     assert Path(cpp_extension._get_build_directory("x", verbose=False)).parent == jit_locks.extensions_folder()
     assert jit_locks.stale_locks(tmp_path / "nothing") == []

@@ -3,8 +3,8 @@
 import torch
 
 import scalemlo as mlo
-from scalemlo.scheduler import Phase, StateName
-from scalemlo.scheduler.phases import Timeline
+from scalemlo.memory import Phase, StateName
+from scalemlo.memory.phases import Timeline
 from tests.problems import Problem
 
 

@@ -12,15 +12,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import scalemlo as mlo
-from scalemlo.cli import main
-from scalemlo.scheduler import simulate
-from scalemlo.scheduler.advice import Change, cheapest_fit
-from scalemlo.scheduler.depth import at_depth
-from scalemlo.scheduler.plan import plan, simulated_layers
-from scalemlo.scheduler.simulate import run_iterations
-from scalemlo.scheduler.sizes import format_bytes, parse_bytes
-from scalemlo.scheduler.tracker import MemoryTracker, PhaseUse
-from scalemlo.second_order.products import LossAt
+from scalemlo.cli.main import main
+from scalemlo.derivatives.products import LossAt
+from scalemlo.memory.bytes_tracker import MemoryTracker, PhaseUse
+from scalemlo.memory.sizes import format_bytes, parse_bytes
+from scalemlo.planning import simulate
+from scalemlo.planning.advice import Change, cheapest_fit
+from scalemlo.planning.depth import at_depth
+from scalemlo.planning.plan import plan, simulated_layers
+from scalemlo.planning.simulate import run_iterations
 from tests.problems import Finetune, Rate, weight_net
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
@@ -144,7 +144,7 @@ def test_phases_and_peaks_are_those_of_a_real_run_on_two_ranks(build_model):
     ],
 )
 def test_deep_plans_are_those_of_all_layers(estimator, monkeypatch):
-    monkeypatch.setattr("scalemlo.scheduler.plan.DEPTHS", (2, 3, 4))
+    monkeypatch.setattr("scalemlo.planning.plan.DEPTHS", (2, 3, 4))
     shallow = plan(partial(build, num_layers=7, estimator=estimator), world_size=2, num_layers=7)
     full = plan(partial(build, num_layers=7, estimator=estimator), world_size=2)
     assert shallow.depths and not full.depths

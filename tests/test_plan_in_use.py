@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import scalemlo as mlo
-from scalemlo.cli import main
-from scalemlo.scheduler import replan
-from scalemlo.scheduler.plan import plan
+from scalemlo.cli.main import main
+from scalemlo.planning import replan
+from scalemlo.planning.plan import plan
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import scalemlo as mlo
-from scalemlo.precision import LossScaler
+from scalemlo.engines.loss_scaler import LossScaler
 from tests.problems import (
     Finetune,
     Problem,

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scalemlo.report import write_report
-from scalemlo.report.charts import Frame, histogram, line_chart, ticks
+from scalemlo.reporting import write_report
+from scalemlo.reporting.charts import Frame, histogram, line_chart, ticks
 
 SECTIONS = ["headline", "weights", "losses", "norms", "phases", "configuration"]
 NASTY = "<script>document.title='broken'</script> & \"quoted\" <b>"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import scalemlo as mlo
-from scalemlo.scheduler import StateName
-from scalemlo.scheduler.residency import Residency, State
-from scalemlo.scheduler.slots import DiskSlot, HostSlot
+from scalemlo.memory import StateName
+from scalemlo.memory.residency import Residency, State
+from scalemlo.memory.slots import DiskSlot, HostSlot
 from tests.ranks import run_ranks
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)

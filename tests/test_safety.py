@@ -12,12 +12,12 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
 
-from scalemlo.second_order.attention import NAMES
-from scalemlo.second_order.errors import DerivativeError
-from scalemlo.second_order.operations import evaluation
-from scalemlo.second_order.remat import remat
-from scalemlo.second_order.safety import FOREIGN_KERNELS, find_foreign_kernel, make_safe
-from scalemlo.second_order.skeleton import Lender, Skeleton
+from scalemlo.autodiff.attention import NAMES
+from scalemlo.autodiff.errors import DerivativeError
+from scalemlo.autodiff.operations import evaluation
+from scalemlo.autodiff.remat import remat
+from scalemlo.autodiff.safety import FOREIGN_KERNELS, find_foreign_kernel, make_safe
+from scalemlo.autodiff.skeleton import Lender, Skeleton
 
 SMALL = dict(
     vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

@@ -9,7 +9,7 @@ from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import scalemlo as mlo
-from scalemlo.trackers import flat, tracker_names
+from scalemlo.loop.trackers import flat, tracker_names
 from tests.ranks import run_ranks
 from tests.test_closed_form import Vector
 
@@ -120,7 +120,7 @@ def test_names_are_checked_before_training(monkeypatch):
         mlo.TrackWith("tensorbored")
     with pytest.raises(ValueError, match="'none' is no tracker"):
         tracker_names(["none", "memory"])
-    monkeypatch.setattr("scalemlo.trackers.get_available_trackers", lambda: [])
+    monkeypatch.setattr("scalemlo.loop.trackers.get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="`pip install comet-ml`"):
         tracker_names("comet_ml")
     with pytest.raises(ValueError, match="not used"):

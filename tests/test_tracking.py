@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 
-from scalemlo import tracking
-from scalemlo.tracking import EVERY_CALL, FIRST_CALLS, History
+from scalemlo import history as tracking
+from scalemlo.history import EVERY_CALL, FIRST_CALLS, History
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scalemlo as mlo
-from scalemlo.trajectory import LevelState
-from scalemlo.update_rules import UPDATE_RULES
+from scalemlo.derivatives.trajectory import LevelState
+from scalemlo.derivatives.update_rules import UPDATE_RULES
 from tests.problems import BATCH, Problem, Snapshot, build_modules, example_losses, full_tensors, relative_error
 from tests.problems import token_batch as tokens
 from tests.ranks import run_ranks

@@ -22,7 +22,7 @@ def obstacle() -> str | None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    from scalemlo import assets
+    from scalemlo.runs import assets
 
     absent = [n for n in ASSETS if not (assets.cache_dir() / assets._ASSETS[n].package.folder).is_dir()]
     if absent:
@@ -37,7 +37,7 @@ def main() -> int:
     if why is not None:
         say(skipped=["demo", why])
         return 0
-    from scalemlo import cli
+    from scalemlo.cli import main as cli
 
     changes = sys.argv[1:]
     folder = Path(next(c for c in changes if c.startswith("output_dir=")).split("=", 1)[1])

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from weighing import Finetune, Weigh  # noqa: E402
 
 import scalemlo as mlo  # noqa: E402
-from scalemlo.scheduler.plan import simulated_layers  # noqa: E402
+from scalemlo.planning.plan import simulated_layers  # noqa: E402
 
 BYTES_OF_STEP = 16
 """Per parameter, for a plain step: fp32 weight, gradient and two moments."""

@@ -28,9 +28,9 @@ from models import PROGRAMS, SIZES, Size, batch_of, model_of, program_of
 from results import say
 
 import scalemlo as mlo
-from scalemlo.hf.losses import example_losses
-from scalemlo.second_order.hessian import RetainedHessian, hessian
-from scalemlo.tracking import give_back_free_memory, peak_bytes, reset_peak_bytes
+from scalemlo.derivatives.hessian import RetainedHessian, hessian
+from scalemlo.hf.losses.next_token import example_losses
+from scalemlo.history import give_back_free_memory, peak_bytes, reset_peak_bytes
 
 PLAIN = ("plain_step", "plain_gradient")
 PRODUCTS = ("hvp_remat", "hvp_retain", "hvp_retain_further")

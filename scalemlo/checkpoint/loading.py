@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import state
-from ..distributed import is_main_process, rank, world_size
-from ..ranks import Ranks
+from ..distributed.group import is_main_process, rank, world_size
+from ..distributed.ranks import Ranks
+from . import state
 from .files import check_sizes, check_sums, read_manifest, share_of
 from .folders import find_checkpoint, older
 from .saving import EXTRA, HISTORY, SHARED
 from .vectors import VectorFiles
 
 if TYPE_CHECKING:
-    from ..program import Program
+    from ..loop.program import Program
 
 
 def load_checkpoint(program: "Program", path: str | Path) -> Path:

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .. import state
-from ..distributed import is_main_process, world_size
-from ..folders import check_writable
-from ..ranks import Ranks
+from ..distributed.group import is_main_process, world_size
+from ..distributed.ranks import Ranks
+from . import state
 from .files import FORMAT_VERSION, write_file, write_manifest
 from .folders import complete, complete_checkpoints, folder_of_step, keep_latest, make_room, older, partial_of, step_of
 from .vectors import write_vectors
+from .writable import check_writable
 
 if TYPE_CHECKING:
-    from ..program import Program
+    from ..loop.program import Program
 
 SHARED, HISTORY, EXTRA = "shared.pt", "history.json", "extra.json"
 

@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from ..distributed import is_main_process, rank
-from ..ranks import Ranks
-from ..state import Piece
+from ..distributed.group import is_main_process, rank
+from ..distributed.ranks import Ranks
 from .files import Summed
 from .safe_reader import read_metadata
+from .state import Piece
 
 CHUNK_BYTES = 1 << 26
 """A chunk is read whole: more than this is never in memory beside the tensor that is filled."""
@@ -145,7 +145,7 @@ class VectorFiles:
             raise ValueError(f"{folder / '.metadata'} is damaged ({error}).") from error
 
     def names(self) -> list[str]:
-        """What there is, as :func:`scalemlo.state.vectors` names it."""
+        """What there is, as :func:`scalemlo.checkpoint.state.vectors` names it."""
         return list(self._metadata.state_dict_metadata)
 
     def dtype(self, name: str) -> torch.dtype:

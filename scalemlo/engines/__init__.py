@@ -4,7 +4,7 @@ from typing import Any
 
 from .base import Engine, EngineSpec
 from .ddp import DDP
-from .deepspeed import DeepSpeed
+from .deepspeed.engine import DeepSpeed
 from .fsdp import FSDP
 from .single import Single
 from .view import ModuleView

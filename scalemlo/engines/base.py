@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import is_main_process
-from ..precision import LossScaler
-from ..second_order.skeleton import Skeleton
-from ..shards import Shards
+from ..autodiff.skeleton import Skeleton
+from ..distributed.group import is_main_process
+from ..distributed.shards import Shards
 from .kept import KeptWeights
+from .loss_scaler import LossScaler
 
 if TYPE_CHECKING:
     from ..level import Level
@@ -112,7 +112,7 @@ class Engine(ABC):
         self.is_running = False
         """Whether a call of the live module is running."""
         self.is_resident = True
-        """Whether its weights are on the device; see :mod:`scalemlo.scheduler`."""
+        """Whether its weights are on the device; see :mod:`scalemlo.memory`."""
         self.kept: KeptWeights | None = None
         """Gathers constants where they may be kept; set by a scheduler with a budget."""
 

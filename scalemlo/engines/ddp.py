@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed import all_reduce_mean_, ensure_group
+from ..distributed.group import all_reduce_mean_, ensure_group
 from ..versions import buffers_stay
 from .base import EngineSpec
 from .single import ReplicatedEngine

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ..distributed import ensure_group, rank, world_size
+from ..distributed.group import ensure_group, rank, world_size
 from ..versions import forget_pass
 from .base import EngineSpec
 from .gather import RowSharding

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from ..distributed import rank, world_size
+from ..distributed.group import rank, world_size
 from .base import Engine, EngineSpec
 from .gather import RowSharding, gather_rows
 

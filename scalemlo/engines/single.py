@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import world_size
+from ..distributed.group import world_size
 from .base import Engine, EngineSpec
 from .units import find_units
 

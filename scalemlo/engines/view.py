@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..second_order.copying import is_of_user
+from ..autodiff.copying import is_of_user
 from .base import Engine
 
 

@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "MLOCallback": "callbacks",
-    "MLOConfig": "config",
-    "MLOTrainer": "trainer",
-    "ReweightingConfig": "config",
-    "ReweightingTrainer": "reweighting_trainer",
-    "load_causal_lm": "models",
-    "prepare_dataset": "prepare",
-    "save_pretrained": "saving",
+    "MLOCallback": "trainer.callbacks",
+    "MLOConfig": "trainer.config",
+    "MLOTrainer": "trainer.trainer",
+    "ReweightingConfig": "trainer.config",
+    "ReweightingTrainer": "trainer.reweighting_trainer",
+    "load_causal_lm": "models.models",
+    "prepare_dataset": "data.prepare",
+    "save_pretrained": "models.saving",
 }
 
 __all__ = [*_HOMES]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import map_tensors
-from ..distributed import all_reduce_sum, gather_objects, rank, world_size
-from ..program import Program
-from .losses import IGNORE_INDEX
-from .per_example import Losses, checked_losses
-from .recorder import Recorder
+from ..distributed.group import all_reduce_sum, gather_objects, rank, world_size
+from ..loop.batches import map_tensors
+from ..loop.program import Program
+from .losses.next_token import IGNORE_INDEX
+from .losses.per_example import Losses, checked_losses
+from .losses.recorder import Recorder
 
 
 def map_examples(

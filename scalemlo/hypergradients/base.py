@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..derivatives.hessian import PRODUCTS, HessianOperator, Products
+from ..derivatives.products import LossAt
+from ..derivatives.trajectory import Trajectory
+from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
-from ..second_order.hessian import PRODUCTS, HessianOperator, Products
-from ..second_order.products import LossAt
-from ..shards import Shards
-from ..trajectory import Trajectory
 from .fields import require_count
 
 Method = Literal["auto", "forward", "finite_difference", "ghost"]
@@ -165,8 +165,8 @@ class ImplicitHypergradient(Hypergradient):
 
     Args:
         mixed: How the mixed partial is taken: ``"forward"`` (exact) or ``"finite_difference"``, see
-            :mod:`scalemlo.second_order.products`; ``"ghost"``, exact and nearly free where the lower loss is a
-            weighted mean, see :mod:`scalemlo.second_order.ghost`; or ``"auto"``, by ghost products where they apply
+            :mod:`scalemlo.derivatives.products`; ``"ghost"``, exact and nearly free where the lower loss is a
+            weighted mean, see :mod:`scalemlo.derivatives.ghost`; or ``"auto"``, by ghost products where they apply
             and else by the forward derivative (``ghost/<level>`` in the history says which).
 
     Raises:
@@ -216,7 +216,7 @@ class CurvatureHypergradient(ImplicitHypergradient):
     Args:
         mixed: See :class:`ImplicitHypergradient`.
         products: How they are had: ``"remat"``, ``"retain"``, or ``"auto"``; see
-            :data:`scalemlo.second_order.hessian.PRODUCTS`.
+            :data:`scalemlo.derivatives.hessian.PRODUCTS`.
 
     Raises:
         ValueError: If ``products`` is unknown.

@@ -7,9 +7,9 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from ..shards import Shards
-from ..trajectory import LevelState, RecordedStep, clipping_factor
-from ..update_rules import State
+from ..derivatives.trajectory import LevelState, RecordedStep, clipping_factor
+from ..derivatives.update_rules import State
+from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 from .fields import require_count
 from .random_directions import along, rademacher

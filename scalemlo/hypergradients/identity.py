@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 from .base import ImplicitHypergradient, LowerProblem, Result, Status
 
 

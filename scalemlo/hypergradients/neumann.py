@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
 from .solver import Matvec

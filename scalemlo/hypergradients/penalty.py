@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..derivatives.held import held_at_weights
+from ..derivatives.products import LossAt
+from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
-from ..second_order.held import held_at_weights
-from ..second_order.products import LossAt
-from ..shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
 from .fields import require_number
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
-from ..shards import Shards
 from .base import LowerProblem
 
 

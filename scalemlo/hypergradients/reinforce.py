@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..distributed import world_size
+from ..derivatives.products import LossAt
+from ..distributed.group import world_size
+from ..distributed.shards import Shards
 from ..ops import ScoreTape
-from ..second_order.products import LossAt
-from ..shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 
 

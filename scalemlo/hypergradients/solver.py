@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 
 Matvec = Callable[[Shards], Shards]
 """``v -> H v``, a new vector laid out like v. Collective where v is sharded."""

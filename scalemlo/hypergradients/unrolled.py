@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..second_order.errors import DerivativeError
-from ..shards import Shards
-from ..trajectory import LevelState, RecordedStep, clipping_factor
-from ..update_rules import State, UpdateRule
+from ..autodiff.errors import DerivativeError
+from ..derivatives.trajectory import LevelState, RecordedStep, clipping_factor
+from ..derivatives.update_rules import State, UpdateRule
+from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 
 

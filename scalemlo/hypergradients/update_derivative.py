@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 from .base import LowerProblem
 
 Rule = Callable[[Mapping[str, Any], Mapping[str, Tensor], Tensor, Tensor], Tensor]

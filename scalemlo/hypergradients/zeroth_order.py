@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..shards import Shards
+from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 from .fields import require_count, require_number
 from .random_directions import along, rademacher

@@ -26,7 +26,7 @@ from . import (
     reweight_instructions,
     safe_selection,
 )
-from .recipe import Recipe
+from .study.recipe import Recipe
 
 _MODULES: list[ModuleType] = [
     reweight_instructions,
@@ -57,4 +57,4 @@ RECIPES: dict[str, Recipe] = {module.__name__.rpartition(".")[2]: module.RECIPE 
 """Recipe by name, which is that of its module."""
 
 CONFIGS = {name: recipe.config for name, recipe in RECIPES.items()}
-"""Configuration dataclass by recipe name: what :func:`scalemlo.config.load` takes."""
+"""Configuration dataclass by recipe name: what :func:`scalemlo.runs.config.load` takes."""

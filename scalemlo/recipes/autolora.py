@@ -21,8 +21,8 @@ import numpy as np
 
 import scalemlo as mlo
 
-from ..hf.peft import chosen_ranks
-from ..ranks import Ranks
+from ..distributed.ranks import Ranks
+from ..hf.models.peft import chosen_ranks
 from .bilevel_peft import (
     BilevelCell,
     BilevelPeftConfig,
@@ -37,8 +37,8 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome, compared
-from .recipe import Recipe
+from .study.recipe import Recipe
+from .study.study import Cell, Outcome, compared
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import scalemlo as mlo
 
-from ..hf.peft import add_orthogonality, direction_orthogonality
+from ..hf.models.peft import add_orthogonality, direction_orthogonality
 from .bilevel_peft import (
     BilevelCell,
     BilevelPeftConfig,
@@ -38,8 +38,8 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome, compared
-from .recipe import Recipe
+from .study.recipe import Recipe
+from .study.study import Cell, Outcome, compared
 
 
 @dataclass(kw_only=True)

@@ -20,18 +20,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..assets import fetch, resolve_model
-from ..distributed import is_main_process
-from ..hf.data import keep_short, load_instructions
+from ..distributed.group import is_main_process
+from ..hf.data.prepare import prepare_dataset
+from ..hf.data.prepared import PreparedDataset
+from ..hf.data.tasks import TASKS, Task
+from ..hf.data.tokenizing import ensure_pad_token
 from ..hf.evaluation import Predictions, run_over
-from ..hf.models import LoraSpec, load_causal_lm
-from ..hf.peft import add_adapters, add_orthogonality
-from ..hf.prepare import prepare_dataset
-from ..hf.prepared import PreparedDataset
-from ..hf.tasks import TASKS, Task
-from ..hf.tokenizing import ensure_pad_token
-from .comparison import Cell, ComparisonConfig, Outcome
+from ..hf.models.models import LoraSpec, load_causal_lm
+from ..hf.models.peft import add_adapters, add_orthogonality
+from ..runs import config as cfg
+from ..runs.assets import fetch, resolve_model
+from .data.instructions import keep_short, load_instructions
+from .study.study import Cell, ComparisonConfig, Outcome
 
 
 @dataclass(kw_only=True)
@@ -150,7 +150,7 @@ class Method:
     """What makes one of these recipes.
 
     Attributes:
-        kind: Of the adapters, see :data:`scalemlo.hf.peft.KINDS`.
+        kind: Of the adapters, see :data:`scalemlo.hf.models.peft.KINDS`.
         owned: Pattern of the names of the upper level's parameters; the lower level has all others that are trained.
         upper: Name and class of the upper level.
         lower: Name and class of the lower level.
@@ -237,7 +237,7 @@ def fresh_model(cell: BilevelCell, data: Prepared, kind: str, **options: Any) ->
         cell: The arm and its seed.
         data: Decides the kind of model.
         kind: Of the adapters.
-        **options: To :func:`scalemlo.hf.peft.add_adapters`.
+        **options: To :func:`scalemlo.hf.models.peft.add_adapters`.
 
     Returns:
         The model, the same on every rank.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import scalemlo as mlo
 
-from ..hf.peft import factor_orthogonality, gated_to_lora
+from ..hf.models.peft import factor_orthogonality, gated_to_lora
 from .bilevel_peft import (
     BilevelCell,
     BilevelPeftConfig,
@@ -36,8 +36,8 @@ from .bilevel_peft import (
     search,
     search_program,
 )
-from .comparison import Cell, Outcome, compared
-from .recipe import Recipe
+from .study.recipe import Recipe
+from .study.study import Cell, Outcome, compared
 
 
 @dataclass(kw_only=True)

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..ranks import Ranks
-from .classification import Fit
-from .comparison import Cell, Outcome, compared
-from .few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
-from .images import accuracy
-from .recipe import Recipe
-from .vision_transformer import Classifier, MaskedAutoencoder, draw_order
+from ..distributed.ranks import Ranks
+from ..runs import config as cfg
+from .data.few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
+from .data.images import accuracy
+from .models.vision_transformer import Classifier, MaskedAutoencoder, draw_order
+from .study.classification import Fit
+from .study.recipe import Recipe
+from .study.study import Cell, Outcome, compared
 
 METHOD = "BiSSL"
 

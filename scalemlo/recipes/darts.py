@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import accuracy, load_images, take_per_class
-from .recipe import Recipe
+from ..runs import config as cfg
+from .data.images import accuracy, load_images, take_per_class
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 OPERATIONS = ("zero", "identity", "average pool", "max pool", "conv 1x1", "conv 3x3")
 

@@ -29,12 +29,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..hf.reweighting import ExampleWeights, ScoreNet
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .comparison_picture import BASELINE, METHOD
-from .recipe import Recipe
-from .texts import NUM_WORDS, CharacterModel, TextSource, all_losses, load_text, noise, split_off, text_losses, windows
+from ..hf.trainer.reweighting import ExampleWeights, ScoreNet
+from ..runs import config as cfg
+from .data.texts import (
+    NUM_WORDS,
+    CharacterModel,
+    TextSource,
+    all_losses,
+    load_text,
+    noise,
+    split_off,
+    text_losses,
+    windows,
+)
+from .study.picture import BASELINE, METHOD
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 LOSS, RANKS, NEW = "held-out loss, nats", "rank correlation of weight and damage", "the same on new texts"
 

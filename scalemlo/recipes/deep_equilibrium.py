@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import accuracy, load_images, take_per_class
-from .recipe import Recipe
-from .restart import Repeated, Restart
+from ..runs import config as cfg
+from .data.images import accuracy, load_images, take_per_class
+from .study.recipe import Recipe
+from .study.restart import Repeated, Restart
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 L = TypeVar("L", bound=mlo.Level)
 

@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
-from .comparison_picture import BASELINE, METHOD
-from .recipe import Recipe
-from .texts import CharacterModel, TextSource, all_losses, load_text, split_off, text_losses, windows
+from ..runs import config as cfg
+from .data.texts import CharacterModel, TextSource, all_losses, load_text, split_off, text_losses, windows
+from .study.picture import BASELINE, METHOD
+from .study.recipe import Recipe
+from .study.study import Cell, Comparison, ComparisonConfig, Outcome
 
 
 @dataclass(kw_only=True)

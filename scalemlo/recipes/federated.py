@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .classification import losses
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import load_images
-from .recipe import Recipe
+from ..runs import config as cfg
+from .data.images import load_images
+from .study.classification import losses
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 NUM_CLASSES = 10
 

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..ranks import Ranks
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .few_shot_tasks import DIGITS, Sinusoids, TaskBatches, Tasks, TurnedDigits
-from .recipe import Recipe
-from .restart import Repeated, Restart
+from ..distributed.ranks import Ranks
+from ..runs import config as cfg
+from .data.few_shot_tasks import DIGITS, Sinusoids, TaskBatches, Tasks, TurnedDigits
+from .study.recipe import Recipe
+from .study.restart import Repeated, Restart
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 Kind = Literal["sinusoids", "digits"]
 

@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..distributed import all_reduce_sum
-from .classification import losses
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
-from .images import ImageData, SmallCNN, load_images
-from .recipe import Recipe
+from ..distributed.group import all_reduce_sum
+from ..runs import config as cfg
+from .data.images import ImageData, SmallCNN, load_images
+from .study.classification import losses
+from .study.recipe import Recipe
+from .study.study import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 
 GROUPS = ("first class, own side", "first class, other side", "second class, other side", "second class, own side")
 COLORS = ("#9cc9b7", "#2a7f62", "#b5541c", "#e8b894")

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..ranks import Ranks
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import accuracy, load_images, take_per_class
-from .recipe import Recipe
-from .restart import Restart
+from ..distributed.ranks import Ranks
+from ..runs import config as cfg
+from .data.images import accuracy, load_images, take_per_class
+from .study.recipe import Recipe
+from .study.restart import Restart
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 
 @dataclass(kw_only=True)

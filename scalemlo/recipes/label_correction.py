@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .classification import losses, test_and_validation
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import load_images
-from .recipe import Recipe
-from .reviews import weak_reviews
+from ..runs import config as cfg
+from .data.images import load_images
+from .data.reviews import weak_reviews
+from .study.classification import losses, test_and_validation
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 
 @dataclass(kw_only=True)

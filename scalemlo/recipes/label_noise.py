@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..hf.reweighting import ExampleWeights
-from ..reporting import auroc
-from .classification import Fit, losses, test_and_validation
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .comparison_picture import BASELINE, METHOD
-from .images import ImageData, SmallCNN, load_images, take_per_class
-from .recipe import Recipe
+from ..hf.trainer.reweighting import ExampleWeights
+from ..reporting.tables import auroc
+from ..runs import config as cfg
+from .data.images import ImageData, SmallCNN, load_images, take_per_class
+from .study.classification import Fit, losses, test_and_validation
+from .study.picture import BASELINE, METHOD
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 NUM_CLASSES = 10
 AUROC = "AUROC of weights, right against wrong labels"

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .classification import Fit, losses, test_and_validation
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .images import load_images, take_per_class
-from .recipe import Recipe
+from ..runs import config as cfg
+from .data.images import load_images, take_per_class
+from .study.classification import Fit, losses, test_and_validation
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 DOMAINS = {
     "as they are": lambda x: x,

@@ -27,12 +27,12 @@ from torch import nn
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from .classification import Fit, losses
-from .comparison import Cell, Outcome, compared
-from .few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
-from .recipe import Recipe
-from .vision_transformer import Classifier, MaskedAutoencoder, draw_order
+from ..runs import config as cfg
+from .data.few_labels import FewLabelsConfig, Split, loader, probe_accuracy, split
+from .models.vision_transformer import Classifier, MaskedAutoencoder, draw_order
+from .study.classification import Fit, losses
+from .study.recipe import Recipe
+from .study.study import Cell, Outcome, compared
 
 METHOD = "learned masking (MLO-MAE)"
 

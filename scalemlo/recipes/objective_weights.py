@@ -31,16 +31,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..assets import fetch
-from ..ranks import Ranks
-from .classification import Fit, losses
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .comparison_picture import BASELINE, METHOD
-from .images import accuracy
-from .recipe import Recipe
-from .reviews import load_reviews, split_by_movie
-from .text_objectives import OBJECTIVES, PAD, UNKNOWN, Pretrainer, TextClassifier, TextEncoder
+from ..distributed.ranks import Ranks
+from ..runs import config as cfg
+from ..runs.assets import fetch
+from .data.images import accuracy
+from .data.reviews import load_reviews, split_by_movie
+from .models.text_objectives import OBJECTIVES, PAD, UNKNOWN, Pretrainer, TextClassifier, TextEncoder
+from .study.classification import Fit, losses
+from .study.picture import BASELINE, METHOD
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 TAPWEIGHT = "TapWeight"
 

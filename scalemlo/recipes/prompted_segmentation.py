@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..ranks import Ranks
-from .comparison import Cell, Comparison, ComparisonConfig, Outcome
-from .images import load_images
-from .recipe import Recipe
+from ..distributed.ranks import Ranks
+from ..runs import config as cfg
+from .data.images import load_images
+from .study.recipe import Recipe
+from .study.study import Cell, Comparison, ComparisonConfig, Outcome
 
 NUM_KNOWN = 5
 """The model is trained on the digits below; the others are new."""

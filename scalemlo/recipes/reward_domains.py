@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..hf.reweighting import DomainWeights
-from ..reporting import auroc
-from .chains import Chains, draw_chains
-from .comparison import VALIDATION, Cell, ComparisonConfig, Outcome, compared
-from .comparison_picture import BASELINE, METHOD
-from .recipe import Recipe
+from ..hf.trainer.reweighting import DomainWeights
+from ..reporting.tables import auroc
+from ..runs import config as cfg
+from .data.chains import Chains, draw_chains
+from .study.picture import BASELINE, METHOD
+from .study.recipe import Recipe
+from .study.study import VALIDATION, Cell, ComparisonConfig, Outcome, compared
 
 
 @dataclass(kw_only=True)

@@ -31,19 +31,19 @@ from torch.utils.data import DataLoader, Dataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..distributed import is_main_process, world_size
-from ..hf.collate import PadCollator
-from ..hf.data import InstructionDataset, corrupt, keep_short, load_instructions, split_rows
+from ..distributed.group import is_main_process, world_size
+from ..hf.data.collate import PadCollator
 from ..hf.evaluation import map_examples
-from ..hf.losses import example_losses
-from ..hf.models import LoraSpec, load_causal_lm
-from ..hf.reweighting import ExampleWeights
-from ..hf.saving import save_pretrained
-from ..report import write_report
-from ..reporting import auroc, markdown_table, phase_table, plot_reweighting, print_table
-from ..scheduler.beside import PlanBeside
-from .recipe import Recipe
+from ..hf.losses.next_token import example_losses
+from ..hf.models.models import LoraSpec, load_causal_lm
+from ..hf.models.saving import save_pretrained
+from ..hf.trainer.reweighting import ExampleWeights
+from ..reporting import write_report
+from ..reporting.tables import auroc, markdown_table, phase_table, plot_reweighting, print_table
+from ..runs import config as cfg
+from .data.instructions import InstructionDataset, corrupt, keep_short, load_instructions, split_rows
+from .study.plan_beside import PlanBeside
+from .study.recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -377,7 +377,7 @@ def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
     return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
 
 
-def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> mlo.program.Callback:
+def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> mlo.loop.program.Callback:
     """Adds to the curve of held-out losses in the program's ``extra_state``, which a resumed run goes on with."""
 
     def evaluate(program: mlo.Program, record: dict[str, float]) -> None:

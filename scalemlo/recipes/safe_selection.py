@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scalemlo as mlo
 
-from .. import config as cfg
-from ..hf.reweighting import DomainWeights
-from ..ranks import Ranks
-from ..reporting import auroc
-from .comparison import Cell, ComparisonConfig, Outcome, compared
-from .recipe import Recipe
-from .texts import CharacterModel, TextSource, all_losses, load_text, split_off, text_losses, windows
+from ..distributed.ranks import Ranks
+from ..hf.trainer.reweighting import DomainWeights
+from ..reporting.tables import auroc
+from ..runs import config as cfg
+from .data.texts import CharacterModel, TextSource, all_losses, load_text, split_off, text_losses, windows
+from .study.recipe import Recipe
+from .study.study import Cell, ComparisonConfig, Outcome, compared
 
 MARKER = " [ref 7Q]"
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import scalemlo as mlo
-from scalemlo import state
+from scalemlo.checkpoint import state
 from tests.problems import LENGTH, VOCAB, Finetune, Problem, Rate, weight_net
 
 ENGINES = {"single": mlo.Single(), "ddp": mlo.DDP(), "fsdp": mlo.FSDP()} | {

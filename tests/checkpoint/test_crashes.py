@@ -8,9 +8,8 @@ import signal
 import pytest
 
 import scalemlo as mlo
-from scalemlo import state
-from scalemlo.checkpoint import files, saving
-from scalemlo.distributed import barrier
+from scalemlo.checkpoint import files, saving, state
+from scalemlo.distributed.group import barrier
 from tests.checkpoint.programs import differences, full, plain_problem
 from tests.ranks import RankFailure, run_ranks
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from scalemlo.checkpoint.files import read_manifest, write_file, write_manifest
-from scalemlo.distributed import barrier
+from scalemlo.distributed.group import barrier
 from tests.checkpoint.programs import differences, full, plain_problem
 from tests.ranks import run_ranks
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
-from scalemlo.data import BatchStream
+from scalemlo.loop.batches import BatchStream
 from tests.checkpoint.programs import differences
 from tests.ranks import run_ranks
 

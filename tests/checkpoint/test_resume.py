@@ -11,9 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import scalemlo as mlo
-from scalemlo import state
-from scalemlo.checkpoint import complete_checkpoints
-from scalemlo.precision import LossScaler
+from scalemlo.checkpoint import complete_checkpoints, state
+from scalemlo.engines.loss_scaler import LossScaler
 from tests.checkpoint.programs import (
     ESTIMATORS,
     Net,

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import scalemlo as mlo
-from scalemlo.second_order.hessian import hessian
+from scalemlo.derivatives.hessian import hessian
 from tests.families.configs import tiny
 from tests.families.inputs import Inputs, NoInputs, find_inputs
 from tests.families.oracle import EPSILON, RATE, Oracle, losses_of

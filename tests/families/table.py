@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from scalemlo.reporting import markdown_table
+from scalemlo.reporting.tables import markdown_table
 from tests.families.differences import BOUNDS, DIFFERENCES_BOUND, PRODUCTS
 
 Row = dict[str, Any]

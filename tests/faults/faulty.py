@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 
-import scalemlo.program
-from scalemlo.distributed import rank
-from scalemlo.watchdog import Watchdog
+import scalemlo.loop.program
+from scalemlo.distributed.group import rank
+from scalemlo.distributed.watchdog import Watchdog
 
 
 def kill() -> None:
@@ -76,12 +76,12 @@ def install(fault: dict | None, log: Callable[[str], None] = lambda event: None)
 
     Watchdog.phase, os.rename = phase, renamed
     if fault and fault["phase_timeout_seconds"]:
-        program = scalemlo.program.Program
+        program = scalemlo.loop.program.Program
         program.__init__ = partialmethod(program.__init__, phase_timeout_seconds=fault["phase_timeout_seconds"])
 
 
 def main() -> None:
-    from scalemlo.cli import run
+    from scalemlo.cli.main import run
 
     fault, path = json.loads(sys.argv[1]), sys.argv[2]
     del sys.argv[1:3]

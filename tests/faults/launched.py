@@ -121,7 +121,7 @@ def finish(recipe: Path, out: Path, *overrides: str) -> None:
     """Run the recipe to its end on two forked ranks: sooner, as everything is imported, and bit for bit the same."""
 
     def body(rank: int, world_size: int) -> None:
-        from scalemlo.cli import main
+        from scalemlo.cli.main import main
 
         with redirect_stdout(io.StringIO()):  # its tables
             assert main(["train", str(recipe / "run.yaml"), f"output_dir={out}", *overrides]) == 0

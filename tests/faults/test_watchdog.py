@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 import scalemlo as mlo
-from scalemlo.distributed import rank
-from scalemlo.watchdog import EXIT_STATUS, Watchdog, _ranges
+from scalemlo.distributed.group import rank
+from scalemlo.distributed.watchdog import EXIT_STATUS, Watchdog, _ranges
 from tests.faults.faulty import install
 from tests.faults.launched import Fault
 from tests.problems import Problem

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from scalemlo.distributed import shutdown
+from scalemlo.distributed.group import shutdown
 from tests.gpu.small import is_on_accelerator, use_deterministic_algorithms
 
 

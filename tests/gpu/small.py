@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import scalemlo as mlo
-from scalemlo.distributed import default_device
+from scalemlo.distributed.group import default_device
 from tests import problems
 from tests.problems import VOCAB, Problem, Snapshot, build_modules, example_losses, token_batch
 

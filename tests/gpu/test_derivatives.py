@@ -3,7 +3,7 @@
 import pytest
 
 import scalemlo as mlo
-from scalemlo.second_order.hessian import hessian
+from scalemlo.derivatives.hessian import hessian
 from tests.gpu.small import (
     ADAMW,
     DTYPES,

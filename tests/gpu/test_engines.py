@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import scalemlo as mlo
-from scalemlo import distributed
+from scalemlo.distributed import group as distributed
 from tests.gpu.small import ADAMW, DTYPES, ENGINES, TOLERANCE, is_on_accelerator, on_host, problem, snapshot
 from tests.problems import full_tensors, relative_error
 from tests.ranks import run_ranks

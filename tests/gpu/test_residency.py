@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import scalemlo as mlo
-from scalemlo.distributed import default_device
-from scalemlo.scheduler.slots import HostSlot
+from scalemlo.distributed.group import default_device
+from scalemlo.memory.slots import HostSlot
 from tests import test_residency as chain
 from tests.gpu.small import ENGINES, is_on_accelerator, on_host
 

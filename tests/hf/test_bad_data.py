@@ -7,9 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 import scalemlo as mlo
-from scalemlo.folders import check_writable
+from scalemlo.checkpoint.writable import check_writable
 from scalemlo.hf import MLOConfig
-from scalemlo.hf.fit import num_positions
+from scalemlo.hf.data.fit import num_positions
 from tests.hf.trainer_runs import arguments, rows, trainer
 
 

@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
-from scalemlo.hf import data
-from scalemlo.hf.collate import PadCollator
-from scalemlo.hf.data import (
+from scalemlo.hf.data.collate import PadCollator
+from scalemlo.recipes.data import instructions as data
+from scalemlo.recipes.data.instructions import (
     InstructionDataset,
     Row,
     corrupt,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from scalemlo.hf.columns import FORMATS
+from scalemlo.hf.data.columns import FORMATS
 from tests.hf.test_packing_data import llama
 from tests.hf.words import word_tokenizer
 

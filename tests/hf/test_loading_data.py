@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from scalemlo.data import BatchStream
-from scalemlo.hf.collate import PadCollator
-from scalemlo.hf.losses import example_losses
-from scalemlo.hf.packing import PackingCollator
-from scalemlo.hf.prepare import prepare_dataset
-from scalemlo.hf.sampling import DomainSampler
-from scalemlo.hf.streaming import StreamLoader
+from scalemlo.hf.data.collate import PadCollator
+from scalemlo.hf.data.packing import PackingCollator
+from scalemlo.hf.data.prepare import prepare_dataset
+from scalemlo.hf.data.sampling import DomainSampler
+from scalemlo.hf.data.streaming import StreamLoader
+from scalemlo.hf.losses.next_token import example_losses
+from scalemlo.loop.batches import BatchStream
 from tests.hf.test_packing_data import llama
 from tests.hf.words import PAD, word_tokenizer
 from tests.ranks import run_ranks
@@ -144,7 +144,7 @@ def test_streams_number_their_rows_and_refuse_workers(monkeypatch):
     assert [row["example_id"] for row in prepared] == list(range(10))
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         StreamLoader(prepared, 0, PadCollator(PAD))
-    monkeypatch.setattr("scalemlo.hf.prepared.get_worker_info", object)  # as inside a worker
+    monkeypatch.setattr("scalemlo.hf.data.prepared.get_worker_info", object)  # as inside a worker
     with pytest.raises(ValueError, match="num_workers=0"):
         next(iter(prepared))
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scalemlo.hf.losses import example_losses, token_losses
-from scalemlo.hf.models import LoraSpec, load_causal_lm, load_encoder
+from scalemlo.hf.losses.next_token import example_losses, token_losses
+from scalemlo.hf.models.models import LoraSpec, load_causal_lm, load_encoder
 
 VOCAB = 37
 

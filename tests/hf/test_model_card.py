@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import scalemlo as mlo
-from scalemlo.hf.model_card import CITATIONS, model_card
+from scalemlo.hf.trainer.model_card import CITATIONS, model_card
 from scalemlo.hypergradients import ESTIMATORS
 from tests.hf.trainer_runs import tiny_llama, trainer
 

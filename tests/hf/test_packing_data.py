@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import scalemlo as mlo
-from scalemlo.hf.collate import PadCollator
-from scalemlo.hf.losses import example_losses
-from scalemlo.hf.packing import PackingCollator, check_packing, first_fit_decreasing
+from scalemlo.hf.data.collate import PadCollator
+from scalemlo.hf.data.packing import PackingCollator, check_packing, first_fit_decreasing
+from scalemlo.hf.losses.next_token import example_losses
 from tests.problems import full_tensors
 from tests.ranks import run_ranks
 

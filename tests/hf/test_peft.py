@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import scalemlo as mlo
-from scalemlo.hf.models import LoraSpec
-from scalemlo.hf.peft import (
+from scalemlo.autodiff.safety import find_foreign_kernel
+from scalemlo.hf.models.models import LoraSpec
+from scalemlo.hf.models.peft import (
     KINDS,
     GatedLinear,
     adapted_layers,
@@ -22,7 +23,6 @@ from scalemlo.hf.peft import (
     factor_orthogonality,
     gated_to_lora,
 )
-from scalemlo.second_order.safety import find_foreign_kernel
 from tests.problems import BATCH, Vector, example_losses, full_tensors, llama, relative_error, token_batch
 from tests.ranks import run_ranks
 from tests.test_gradients import RMSNorm

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from scalemlo import config as cfg
 from scalemlo.recipes import RECIPES, bilevel_peft
-from scalemlo.recipes.comparison import Cell
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.tiny_recipe import write_recipe
 
 OWNED = {

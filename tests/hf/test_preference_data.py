@@ -9,10 +9,10 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from scalemlo.hf.collate import ClassificationCollator, PreferenceCollator
-from scalemlo.hf.losses import classification_losses
-from scalemlo.hf.preference_losses import add_reference_logps, dpo_losses, reward_losses
-from scalemlo.hf.prepare import prepare_dataset
+from scalemlo.hf.data.collate import ClassificationCollator, PreferenceCollator
+from scalemlo.hf.data.prepare import prepare_dataset
+from scalemlo.hf.losses.next_token import classification_losses
+from scalemlo.hf.losses.preferences import add_reference_logps, dpo_losses, reward_losses
 from tests.hf.test_packing_data import SIZES, llama
 from tests.hf.words import PAD, word_tokenizer
 

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from scalemlo.hf.collate import ClassificationCollator, PadCollator, PreferenceCollator
-from scalemlo.hf.overlap import overlapping_rows, warn_of_overlap
-from scalemlo.hf.prepare import prepare_dataset
-from scalemlo.hf.tasks import TASKS
-from scalemlo.hf.tokenizing import ensure_pad_token
+from scalemlo.hf.data.collate import ClassificationCollator, PadCollator, PreferenceCollator
+from scalemlo.hf.data.overlap import overlapping_rows, warn_of_overlap
+from scalemlo.hf.data.prepare import prepare_dataset
+from scalemlo.hf.data.tasks import TASKS
+from scalemlo.hf.data.tokenizing import ensure_pad_token
 from tests.hf.words import ASK, ASSISTANT, END, MORE, NEWLINE, PAD, TEMPLATE, USER, WORDS, word_tokenizer
 
 A0 = len(WORDS)  # the id of the word a0

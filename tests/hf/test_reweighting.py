@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import scalemlo as mlo
-from scalemlo.hf.collate import PadCollator
-from scalemlo.hf.config import ReweightingConfig
-from scalemlo.hf.losses import example_losses, token_losses
-from scalemlo.hf.packing import PackingCollator
-from scalemlo.hf.prepare import prepare_dataset
-from scalemlo.hf.reweighting import REWEIGHTINGS
-from scalemlo.hf.tasks import TASKS
+from scalemlo.hf.data.collate import PadCollator
+from scalemlo.hf.data.packing import PackingCollator
+from scalemlo.hf.data.prepare import prepare_dataset
+from scalemlo.hf.data.tasks import TASKS
+from scalemlo.hf.losses.next_token import example_losses, token_losses
+from scalemlo.hf.trainer.config import ReweightingConfig
+from scalemlo.hf.trainer.reweighting import REWEIGHTINGS
 from tests.hf.trainer_runs import rows, tiny_llama, trainer
 from tests.hf.words import word_tokenizer
 
@@ -29,7 +29,7 @@ def features(kind, normalization):
 
 
 def test_every_name_of_the_configuration_is_known():
-    from scalemlo.hf.config import NORMALIZATIONS
+    from scalemlo.hf.trainer.config import NORMALIZATIONS
 
     assert list(REWEIGHTINGS) == list(NORMALIZATIONS)
 

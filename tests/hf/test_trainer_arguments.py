@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import scalemlo as mlo
 from scalemlo.hf import MLOConfig, MLOTrainer, ReweightingConfig, ReweightingTrainer
-from scalemlo.hf.argument_rules import HONOURED, RULES
+from scalemlo.hf.trainer.argument_rules import HONOURED, RULES
 from tests.hf.trainer_runs import arguments
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from scalemlo import cli
+from scalemlo.cli import main as cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

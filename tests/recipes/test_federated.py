@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from scalemlo import config as cfg
 from scalemlo.recipes import federated
-from scalemlo.recipes.comparison import Cell
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.ranks import run_ranks
 from tests.recipes.fast import run_fast
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalemlo import config as cfg
 from scalemlo.recipes import deep_equilibrium, prompted_segmentation
-from scalemlo.recipes.comparison import Cell
-from scalemlo.recipes.restart import Repeated, Restart
+from scalemlo.recipes.study.restart import Repeated, Restart
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import run_fast
 
 FAST = {

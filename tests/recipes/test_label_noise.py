@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from scalemlo import config as cfg
 from scalemlo.recipes import CONFIGS, label_noise
-from scalemlo.recipes.comparison import Cell
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import CONFIGS as FOLDER
 from tests.recipes.fast import run_fast
 

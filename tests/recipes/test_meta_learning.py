@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import scalemlo as mlo
-from scalemlo import config as cfg
 from scalemlo.recipes import few_shot, hyperparameters
-from scalemlo.recipes.comparison import Cell
-from scalemlo.recipes.few_shot_tasks import DIGITS, TaskBatches, TurnedDigits
-from scalemlo.recipes.restart import Restart
+from scalemlo.recipes.data.few_shot_tasks import DIGITS, TaskBatches, TurnedDigits
+from scalemlo.recipes.study.restart import Restart
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import run_fast
 
 SHORT = ("steps=4", "unroll_steps=2", "implicit_steps=2", "longer_steps=4")

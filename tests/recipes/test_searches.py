@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalemlo import config as cfg
-from scalemlo.recipes import comparison, darts, datarater, domain_weights, long_tail, reward_domains, safe_selection
-from scalemlo.recipes.comparison import Cell
+from scalemlo.recipes import darts, datarater, domain_weights, long_tail, reward_domains, safe_selection
+from scalemlo.recipes.study import study as comparison
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import CONFIGS, run_fast
 
 FAST = {

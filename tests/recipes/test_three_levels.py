@@ -7,11 +7,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
 
 import scalemlo as mlo
-from scalemlo import config as cfg
 from scalemlo.recipes import bissl, masked_autoencoder, objective_weights
-from scalemlo.recipes.comparison import Cell
-from scalemlo.recipes.text_objectives import PAD, TextEncoder
-from scalemlo.recipes.vision_transformer import Encoder, MaskedAutoencoder, draw_order
+from scalemlo.recipes.models.text_objectives import PAD, TextEncoder
+from scalemlo.recipes.models.vision_transformer import Encoder, MaskedAutoencoder, draw_order
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import run_fast
 
 DIGITS = ("data=digits", "patch_size=2", "num_unlabelled=60", "num_labelled_per_class=4", "dim=8", "batch_size=20")

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from scalemlo import cli
-from scalemlo import config as cfg
+from scalemlo.cli import main as cli
 from scalemlo.recipes import group_fairness, label_correction, learning_by_ignoring
-from scalemlo.recipes.comparison import Cell
+from scalemlo.recipes.study.study import Cell
+from scalemlo.runs import config as cfg
 from tests.recipes.fast import run_fast
 
 FAST = {

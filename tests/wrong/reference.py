@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import scalemlo as mlo
-from scalemlo.rng import seeded
+from scalemlo.autodiff.rng import seeded
 
 RATE, NUM_STEPS, STEP_SIZE = 0.1, 2, 0.05
 ESTIMATORS = {

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 import scalemlo as mlo
-from scalemlo.listener import Listener
+from scalemlo.loop.listener import Listener
 from tests.test_ghost import in_own_dtype
 from tests.wrong.reference import ESTIMATORS, Case, Net, compare, program_of, squared, weight_net, weighted
 

@@ -1,0 +1,1 @@
+"""Ranks: the process group, what they do together, vectors in shards, and who hangs."""

@@ -1,0 +1,1 @@
+"""Per-example losses of language models."""

@@ -1,0 +1,1 @@
+"""Models and adapters of transformers and peft: loading, preparing, saving."""

@@ -1,0 +1,1 @@
+"""``MLOTrainer`` and ``ReweightingTrainer``, with arguments, callbacks, checkpoints and cards."""

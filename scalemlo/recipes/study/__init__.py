@@ -1,0 +1,1 @@
+"""What every recipe is run by: configuration, comparison of arms, restart, plan and picture."""
