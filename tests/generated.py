@@ -19,7 +19,7 @@ from tests import oracle
 
 SIZE, LENGTH, BATCH = 4, 3, 4
 DAMPING = 50.0
-"""Enough that every Hessian here is positive definite with it: conjugate gradients stop where one is not."""
+"""Enough that nearly every Hessian here is positive definite with it; the oracle says where one is not."""
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,10 @@ Modules = Mapping[str, nn.Module]
 Loss = Callable[[Modules, Any], Tensor]
 
 
+class NotPositiveDefinite(ArithmeticError):
+    """Conjugate gradients have no answer for a Hessian of this program."""
+
+
 @dataclass(frozen=True)
 class Estimator:
     """``kind`` is identity, sama, neumann, conjugate_gradient or unrolled."""
@@ -201,7 +205,10 @@ class Oracle:
         )
         flat = torch.cat([x.reshape(-1) for x in v])
         if estimator.kind == "conjugate_gradient":
-            found = torch.linalg.solve(hessian + estimator.damping * torch.eye(len(flat), dtype=flat.dtype), flat)
+            damped = hessian + estimator.damping * torch.eye(len(flat), dtype=flat.dtype)
+            if torch.linalg.eigvalsh(damped)[0] <= 0:
+                raise NotPositiveDefinite(lower.name)
+            found = torch.linalg.solve(damped, flat)
         else:
             term, found = flat, torch.zeros_like(flat)
             for _ in range(estimator.num_terms):

@@ -38,6 +38,7 @@ from ..hf.losses.next_token import example_losses
 from ..hf.models.models import LoraSpec, load_causal_lm
 from ..hf.models.saving import save_pretrained
 from ..hf.trainer.reweighting import ExampleWeights
+from ..loop.program import Callback
 from ..reporting import write_report
 from ..reporting.tables import auroc, markdown_table, phase_table, plot_reweighting, print_table
 from ..runs import config as cfg
@@ -377,7 +378,7 @@ def _collate(pad: PadCollator, rows: Sequence[dict]) -> dict[str, Tensor]:
     return batch | {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else batch
 
 
-def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> mlo.loop.program.Callback:
+def _evaluator(config, data: Prepared, steps_per_outer: int = 1) -> Callback:
     """Adds to the curve of held-out losses in the program's ``extra_state``, which a resumed run goes on with."""
 
     def evaluate(program: mlo.Program, record: dict[str, float]) -> None:
