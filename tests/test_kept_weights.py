@@ -177,7 +177,8 @@ def test_room_is_what_every_phase_leaves(tmp_path):
     for free, tight, ample in run_ranks(body, 2):
         assert all(found[2] and same(found[3], free[3]) for found in (tight, ample))
         assert tight[1] == 0 and tight[0] == free[0]
-        assert ample[1] > 0 and ample[0] < 0.6 * free[0]
+        saved = free[0] - ample[0]  # what FSDP gathers by itself, in live passes, differs between versions of torch
+        assert ample[1] > 0 and saved > 1.5 * ample[1]
 
 
 def test_nothing_is_kept_outside_of_iterations(tmp_path):

@@ -50,7 +50,8 @@ def make_safe(structure: nn.Module) -> None:
                 part.use_cache = False
         named = config._attn_implementation
         if named is not None and named.removeprefix("paged|") not in _own_implementations():
-            named = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+            capped = getattr(config, "attn_logit_softcapping", None)  # sdpa would leave it out
+            named = "sdpa" if getattr(model, "_supports_sdpa", False) and not capped else "eager"
             config._attn_implementation_internal = named
         if named in ("sdpa", "eager") and not getattr(config, "output_attentions", False):
             config._attn_implementation_internal = chunked_name(model, named)

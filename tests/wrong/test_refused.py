@@ -125,11 +125,18 @@ def test_refused_or_right(name, way):
         assert found == pytest.approx(expected, rel=2e-6)
 
 
+def skip_what_only_newer_torch_can(name: str) -> None:
+    if name == "torch.utils.checkpoint" and torch.__version__ < (2, 12):
+        pytest.skip("before torch 2.12 a recomputed block finds no weights, and an error says so")
+
+
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("name", REFUSED)
 def test_first_derivatives_are_a_way_out(name, way):
     if way == "finite differences" and name not in DIFFERENCES:
         return
+    if way != "PBGDFree":
+        skip_what_only_newer_torch_can(name)
     torch.manual_seed(0)
     program = program_of(of_refused(name), WAYS_OUT[way], has_direct_part=way == "PBGDFree")
     record = program.run(2, progress=False).steps[-1]
@@ -138,5 +145,6 @@ def test_first_derivatives_are_a_way_out(name, way):
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_finite_differences_are_right_there(name):
+    skip_what_only_newer_torch_can(name)
     found, expected = compare(of_refused(name), WAYS_OUT["finite differences"])
     assert found == pytest.approx(expected, rel=1e-4)
