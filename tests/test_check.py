@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import scalemlo as mlo
-from scalemlo.derivatives.trajectory import LevelState
 from scalemlo.reporting.tables import plot_check
 from tests.problems import Problem, build_modules
 from tests.ranks import run_ranks
@@ -31,11 +30,11 @@ def test_everything_agrees_and_nothing_is_left_behind(tmp_path):
     for p in (checked, untouched):
         p.run(2, progress=False)
     lower = checked.trainers["finetune"]
-    before = LevelState.of(lower).copied(torch.device("cpu"))
+    before = lower.state().copied(torch.device("cpu"))
     report = checked.check()
     assert report.passed, report.verdict
     assert "difference quotient" in " ".join(findings(report))
-    after = LevelState.of(lower)
+    after = lower.state()
     assert all(torch.equal(t, after.weights[n]) for n, t in before.weights.items())
     assert all(torch.equal(t, after.optimizer[n][k]) for n, s in before.optimizer.items() for k, t in s.items())
     assert lower.estimator == mlo.SAMA() and lower.num_steps == 6 and lower.memory.get("rater", {}) == {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import scalemlo as mlo
+from scalemlo.engines.base import StepOptions
 from scalemlo.engines.deepspeed import config as configuration
 
 ZERO2 = {  # "ZeRO-2 example" of transformers' documentation
@@ -172,13 +173,13 @@ def test_keys_that_switch_off_or_tune_are_taken():
     ],
 )
 def test_a_value_that_contradicts_the_level_is_shown_beside_it(config, message):
-    level = SimpleNamespace(name="train", max_grad_norm=0.5, gradient_accumulation_steps=2)
+    level = StepOptions("train", max_grad_norm=0.5, gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=1e-2)
     agreed = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
     agreed["optimizer"] = {"type": "adamw", "params": {"lr": 1e-2, "betas": [0.9, 0.999]}}
-    mlo.DeepSpeed(config=agreed).check_level(level, optimizer)
+    mlo.DeepSpeed(config=agreed).check_options(level, optimizer)
     with pytest.raises(ValueError, match=message):
-        mlo.DeepSpeed(config=config).check_level(level, optimizer)
+        mlo.DeepSpeed(config=config).check_options(level, optimizer)
 
 
 def test_the_loss_scaler_moves_as_deepspeeds(monkeypatch):

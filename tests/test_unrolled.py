@@ -11,7 +11,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scalemlo as mlo
-from scalemlo.derivatives.trajectory import LevelState
 from scalemlo.derivatives.update_rules import UPDATE_RULES
 from tests.problems import BATCH, Problem, Snapshot, build_modules, example_losses, full_tensors, relative_error
 from tests.problems import token_batch as tokens
@@ -133,10 +132,10 @@ def errors(rank, world_size, cases, spec):
         program.run(1, progress=False)
         lower = program.trainers["finetune"]
         state, steps_before = Snapshot.of(program), lower.num_steps
-        before = LevelState.of(lower).copied(torch.device("cpu"))
+        before = lower.state().copied(torch.device("cpu"))
         lr = lower.optimizer.param_groups[0]["lr"]
         gradient = full_tensors(program.trainers["rater"], program.gradients()["rater"])
-        after = LevelState.of(lower)
+        after = lower.state()
         assert all(torch.equal(t, after.weights[n]) for n, t in before.weights.items())
         assert all(torch.equal(t, after.optimizer[n][k]) for n, s in before.optimizer.items() for k, t in s.items())
         assert lower.optimizer.param_groups[0]["lr"] == lr and lower.num_steps == steps_before

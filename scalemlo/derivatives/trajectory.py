@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
 from .held import held_at_weights
 from .products import LossAt, Vector
-from .update_rules import State, UpdateRule, update_rule
-
-if TYPE_CHECKING:
-    from ..loop.level_trainer import LevelTrainer
+from .update_rules import State, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -34,10 +31,17 @@ class LevelState:
     optimizer: dict[str, State]
 
     @classmethod
-    def of(cls, trainer: "LevelTrainer") -> "LevelState":
-        """What a level holds now; aliases the live tensors."""
-        states = {name: _tensors(trainer.optimizer_state(name)) for name in trainer.block.names}
-        return cls(trainer.weights(), states)
+    def of(cls, weights: Shards, optimizer: Mapping[str, Mapping[str, Any]]) -> "LevelState":
+        """What a level holds now; aliases the live tensors.
+
+        Args:
+            weights: Its local weights.
+            optimizer: Its optimizer's state as local shards, by parameter and key.
+
+        Returns:
+            The tensors among them, in the form of the update rules.
+        """
+        return cls(weights, {name: _tensors(state) for name, state in optimizer.items()})
 
     def copied(self, device: torch.device) -> "LevelState":
         """A copy on a device."""
@@ -67,6 +71,33 @@ class RecordedStep:
     groups: Mapping[str, Mapping[str, Any]]  # the optimizer's options by parameter, as they were
     max_grad_norm: float | None
     rule: UpdateRule
+
+    @classmethod
+    def of(
+        cls,
+        loss: LossAt,
+        block: ParameterBlock,
+        groups: Mapping[str, Mapping[str, Any]],
+        max_grad_norm: float | None,
+        rule: UpdateRule,
+    ) -> "RecordedStep":
+        """The step that is about to be made.
+
+        Args:
+            loss: On the batches of the step.
+            block: The parameters that it moves.
+            groups: Live options of the optimizer by parameter, whose values now are kept.
+            max_grad_norm: To which its gradient is clipped.
+            rule: Of the optimizer.
+
+        Returns:
+            The step.
+        """
+        options = {
+            name: {key: _option(value) for key, value in group.items() if key != "params"}
+            for name, group in groups.items()
+        }
+        return cls(loss, block, options, max_grad_norm, rule)
 
     def at(self, state: LevelState, *others: Vector) -> LossAt:
         """The loss of the step at a state, and at other weights of other levels where given."""
@@ -127,17 +158,17 @@ class Trajectory:
         """Steps recorded so far."""
         return len(self.steps)
 
-    def record(self, trainer: "LevelTrainer") -> None:
-        """Note the step that a level is about to make."""
+    def record(self, step: RecordedStep, state: Callable[[], LevelState]) -> None:
+        """Note the step that a level is about to make.
+
+        Args:
+            step: It.
+            state: Looks at the state before it; asked where that one is kept.
+        """
         if self.num_steps % self.stride == 0:
-            self._kept.append(LevelState.of(trainer).copied(torch.device("cpu")))
+            self._kept.append(state().copied(torch.device("cpu")))
             self._count([])
-        groups = {
-            name: {key: _option(value) for key, value in trainer.parameter_group(name).items() if key != "params"}
-            for name in trainer.block.names
-        }
-        rule = update_rule(trainer.optimizer, trainer.name)
-        self.steps.append(RecordedStep(trainer.loss_at(), trainer.block, groups, trainer.level.max_grad_norm, rule))
+        self.steps.append(step)
 
     def last(self, num_steps: int) -> "Trajectory":
         """The last steps as a trajectory of their own; comes to the state before them by taking the others again."""

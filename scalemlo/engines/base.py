@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,26 @@ from ..distributed.shards import Shards
 from .kept import KeptWeights
 from .loss_scaler import LossScaler
 
-if TYPE_CHECKING:
-    from ..level import Level
-
 DType = Literal["fp32", "bf16", "fp16"]
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Call = Callable[[str, tuple, dict], Any]
 """``call(method, args, kwargs)`` runs a method of a module, however an engine or a derivative wants it run."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What an engine is told of the steps of a level that it holds the module of.
+
+    Attributes:
+        name: Of the level, for messages.
+        max_grad_norm: To which gradients are clipped; None where they are not.
+        gradient_accumulation_steps: Micro-batches of one step.
+    """
+
+    name: str
+    max_grad_norm: float | None
+    gradient_accumulation_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +65,11 @@ class EngineSpec(ABC):
         """A new loss scaler for a level in this precision."""
         return LossScaler.for_dtype(self.dtype)
 
-    def check_level(self, level: "Level", optimizer: torch.optim.Optimizer) -> None:
+    def check_options(self, options: "StepOptions", optimizer: torch.optim.Optimizer) -> None:
         """Refuse a level that contradicts what this engine was told about it.
 
         Args:
-            level: The level.
+            options: Of the level's steps.
             optimizer: Its optimizer.
         """
         return None

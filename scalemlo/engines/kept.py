@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-if TYPE_CHECKING:
-    from .base import Engine
+
+class Gathers(Protocol):
+    """An engine, as far as weights are gathered from it."""
+
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors of local shards by parameter name."""
+        ...
 
 
 class KeptWeights:
@@ -27,7 +32,7 @@ class KeptWeights:
         """Kept now."""
         self.most_bytes = 0
         """The most that were kept so far."""
-        self._kept: dict[tuple[Engine, tuple[str, ...]], dict[str, Tensor]] = {}
+        self._kept: dict[tuple[Gathers, tuple[str, ...]], dict[str, Tensor]] = {}
 
     @contextmanager
     def within(self, room_bytes: int) -> Iterator[None]:
@@ -46,7 +51,7 @@ class KeptWeights:
             self.room_bytes = 0
             self.clear()
 
-    def gather(self, engine: "Engine", shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, engine: Gathers, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors of live weights by which nothing is differentiated; collective where they are not kept yet.
 
         Args:

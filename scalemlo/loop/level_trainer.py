@@ -11,11 +11,12 @@ from torch import Tensor
 from ..autodiff.rng import seeded
 from ..derivatives.ghost import GhostProducts
 from ..derivatives.products import LossAt
-from ..derivatives.trajectory import Trajectory
+from ..derivatives.trajectory import LevelState, RecordedStep, Trajectory
+from ..derivatives.update_rules import update_rule
 from ..distributed.group import all_reduce_mean_, world_size
 from ..distributed.shards import Shards
 from ..engines import Engine, ModuleView
-from ..engines.base import ParameterBlock
+from ..engines.base import ParameterBlock, StepOptions
 from ..hypergradients import Hypergradient, Identity, ImplicitHypergradient, UnrollingHypergradient
 from ..hypergradients.base import Method
 from ..level import Level, check_loss
@@ -67,7 +68,8 @@ class LevelTrainer:
         self.is_verified = False
         """Whether its update is held against what is differentiated: where a level above goes through it."""
         self.optimizer = bind_optimizer(level, self.block)
-        engine.spec.check_level(level, self.optimizer)
+        options = StepOptions(level.name, level.max_grad_norm, level.gradient_accumulation_steps)
+        engine.spec.check_options(options, self.optimizer)
         engine.adopt(self.optimizer)
         self.scheduler = bind_scheduler(level, self.optimizer)
         self.estimator: Hypergradient = level.hypergradient or Identity()
@@ -318,7 +320,7 @@ class LevelTrainer:
     def step(self, gradient: Shards) -> None:
         """One step of the optimizer and of the learning-rate scheduler."""
         if self.trajectory is not None:
-            self.trajectory.record(self)
+            self.trajectory.record(self._recorded_step(), self.state)
         self.engine.put_gradients(gradient)
         with watched(self.optimizer, self.name) if self.is_verified else nullcontext():
             self.optimizer.step()
@@ -326,6 +328,15 @@ class LevelTrainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.num_steps += 1
+
+    def state(self) -> LevelState:
+        """Weights and optimizer state as they are now; aliases the live tensors."""
+        return LevelState.of(self.weights(), {name: self.optimizer_state(name) for name in self.block.names})
+
+    def _recorded_step(self) -> RecordedStep:
+        groups = {name: self.parameter_group(name) for name in self.block.names}
+        rule = update_rule(self.optimizer, self.name)
+        return RecordedStep.of(self.loss_at(), self.block, groups, self.level.max_grad_norm, rule)
 
     # ---- for going back to it ------------------------------------------------------------------------------------
     def pass_state(self) -> PassState:

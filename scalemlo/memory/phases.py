@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..distributed.shards import Shards
+from .owner import Owner
 
 if TYPE_CHECKING:
     from ..engines import Engine
-    from ..loop.level_trainer import LevelTrainer
 
 
 class StateName(NamedTuple):
@@ -52,7 +52,7 @@ class Phase:
         return f"phase {self.name!r} of level {self.level!r}"
 
 
-def uses_of(trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = None) -> tuple[StateName, ...]:
+def uses_of(trainer: Owner, name: str, asking: Owner | None = None) -> tuple[StateName, ...]:
     """States that a phase of a level needs.
 
     Args:
@@ -80,19 +80,19 @@ def uses_of(trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = 
     return tuple(dict.fromkeys(found))
 
 
-def states_of(trainer: "LevelTrainer") -> tuple[StateName, ...]:
+def states_of(trainer: Owner) -> tuple[StateName, ...]:
     """All states of a level."""
     own = (StateName("optimizer", trainer.name), StateName("memory", trainer.name))
     return (StateName("weights", trainer.engine.name), *own, StateName("trajectory", trainer.name))
 
 
-def _weights_read_by(trainer: "LevelTrainer") -> list[StateName]:
+def _weights_read_by(trainer: Owner) -> list[StateName]:
     engines = dict.fromkeys([trainer.engine, *(other.engine for other in trainer.others.values())])
     return [StateName("weights", engine.name) for engine in engines]
 
 
 # ---- where states lie ------------------------------------------------------------------------------------------------
-def tensors_of(trainer: "LevelTrainer", kind: str) -> Iterable[Tensor]:
+def tensors_of(trainer: Owner, kind: str) -> Iterable[Tensor]:
     """The live local tensors of a state: what shares their memory moves with them.
 
     Args:

@@ -15,13 +15,13 @@ from ..engines.kept import KeptWeights
 from .budget import Memory
 from .interleaving import Interleaving, Order, Part, Sizes, interleave, moved_bytes
 from .meter import meter_of
+from .owner import Owner, OwnerT
 from .phases import Phase, StateName, Timeline, states_of, tensors_of, uses_of
 from .residency import Moves, Residency, State
 from .sizes import format_bytes
 
 if TYPE_CHECKING:
     from ..engines import Engine
-    from ..loop.level_trainer import LevelTrainer
 
 
 ROOM = 0.9
@@ -60,7 +60,7 @@ class Scheduler:
         """Context of phases that run outside of outer iterations, one after the other."""
         yield
 
-    def in_order(self, kind: str, trainers: Sequence["LevelTrainer"]) -> Iterator["LevelTrainer"]:
+    def in_order(self, kind: str, trainers: Sequence[OwnerT]) -> Iterator[OwnerT]:
         """Some levels, one after the other.
 
         Args:
@@ -73,7 +73,7 @@ class Scheduler:
         yield from trainers
 
     @contextmanager
-    def phase(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = None) -> Iterator[Moves]:
+    def phase(self, trainer: Owner, name: str, asking: Owner | None = None) -> Iterator[Moves]:
         """Context of one phase: what it uses is resident inside.
 
         Args:
@@ -88,7 +88,7 @@ class Scheduler:
         yield Moves()
 
     @contextmanager
-    def beside(self, trainer: "LevelTrainer", asking: "LevelTrainer | None" = None) -> Iterator[None]:
+    def beside(self, trainer: Owner, asking: Owner | None = None) -> Iterator[None]:
         """Context of what is done now and then and belongs to no phase, with all that a solve of the level uses.
 
         Within a budget everything else leaves the device for it; what it takes itself is not counted.
@@ -99,7 +99,7 @@ class Scheduler:
         """
         yield
 
-    def _note(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None") -> Phase:
+    def _note(self, trainer: Owner, name: str, asking: Owner | None) -> Phase:
         phase = Phase(self.timeline.tick, trainer.name, name, uses_of(trainer, name, asking))
         self.timeline.note(phase)
         return phase
@@ -120,7 +120,7 @@ class Scheduler:
 
 
 def scheduler_of(
-    trainers: Mapping[str, "LevelTrainer"],
+    trainers: Mapping[str, Owner],
     device: torch.device,
     below: Mapping[str, set[str]],
     memory: Memory | int | str | None,
@@ -163,7 +163,7 @@ class BudgetScheduler(Scheduler):
 
     def __init__(
         self,
-        trainers: Mapping[str, "LevelTrainer"],
+        trainers: Mapping[str, Owner],
         device: torch.device,
         below: Mapping[str, set[str]],
         memory: Memory,
@@ -230,7 +230,7 @@ class BudgetScheduler(Scheduler):
         with self.meter.run(once=True):
             yield
 
-    def in_order(self, kind: str, trainers: Sequence["LevelTrainer"]) -> Iterator["LevelTrainer"]:
+    def in_order(self, kind: str, trainers: Sequence[OwnerT]) -> Iterator[OwnerT]:
         """Some levels, one after the other, in the order that was chosen for them; else in the given one."""
         by_name = {trainer.name: trainer for trainer in trainers}
         key, work = (self.timeline.tick, kind, tuple(by_name)), {}
@@ -269,7 +269,7 @@ class BudgetScheduler(Scheduler):
 
     # ---- phases ----------------------------------------------------------------------------------------------------
     @contextmanager
-    def phase(self, trainer: "LevelTrainer", name: str, asking: "LevelTrainer | None" = None) -> Iterator[Moves]:
+    def phase(self, trainer: Owner, name: str, asking: Owner | None = None) -> Iterator[Moves]:
         """Context of one phase: what it uses is resident inside.
 
         A ``ValueError`` where it does not fit the budget: on all ranks, where that is found when it first runs.
@@ -299,7 +299,7 @@ class BudgetScheduler(Scheduler):
                 Ranks().together(partial(self._check_fits, phase))
 
     @contextmanager
-    def beside(self, trainer: "LevelTrainer", asking: "LevelTrainer | None" = None) -> Iterator[None]:
+    def beside(self, trainer: Owner, asking: Owner | None = None) -> Iterator[None]:
         """See :meth:`Scheduler.beside`."""
         uses = uses_of(trainer, "verify", asking)
         self._kept.clear()

@@ -344,9 +344,9 @@ def _on_accelerator(tracker: MemoryTracker) -> Iterator[None]:
     """What torch and the program do otherwise where the device is no CPU."""
     record = Trajectory.record
 
-    def record_on_host(trajectory: Trajectory, trainer: Any) -> None:
+    def record_on_host(trajectory: Trajectory, step: Any, state: Any) -> None:
         with tracker.allocating(HOST):
-            record(trajectory, trainer)
+            record(trajectory, step, state)
 
     def brought_back(trajectory: Trajectory, state: Any, gradient: Any) -> tuple[Any, Any]:
         return state.copied(torch.device("cpu")), gradient.clone()

@@ -3,17 +3,29 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..base import StepOptions
 from ..dotted import flattened
 from ..loss_scaler import LossScaler
 
-if TYPE_CHECKING:
-    from ...level import Level
-    from .engine import DeepSpeed
+
+class Zero(Protocol):
+    """What a configuration is held against: the fields of :class:`scalemlo.DeepSpeed` but for its ``config``."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation."""
+        ...
+
+    @property
+    def stage(self) -> int:
+        """1, 2 or 3."""
+        ...
+
 
 Config = tuple[tuple[str, Any], ...]
 """Values by dotted key, sorted."""
@@ -102,7 +114,7 @@ REASONS = {
 """Why a key is refused, and the way out."""
 
 
-def settings(spec: "DeepSpeed", used: Mapping[str, Any]) -> dict[str, Any]:
+def settings(spec: Zero, used: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration DeepSpeed is given.
 
     Args:
@@ -174,7 +186,7 @@ def offloads(given: Mapping[str, Any]) -> set[str]:
     return {field for section, field in OFFLOADS.items() if given.get(f"zero_optimization.{section}.device") == "cpu"}
 
 
-def checked(given: Mapping[str, Any], spec: "DeepSpeed") -> Config:
+def checked(given: Mapping[str, Any], spec: Zero) -> Config:
     """What is left of a configuration beside the engine's fields.
 
     Args:
@@ -209,7 +221,7 @@ def _is_on(key: str, ours: Mapping[str, Any]) -> bool:
     return f"{section}.device" in ours or not key.endswith("pin_memory")
 
 
-def _check_field(key: str, value: Any, ours: Any, spec: "DeepSpeed") -> None:
+def _check_field(key: str, value: Any, ours: Any, spec: Zero) -> None:
     if value not in ("auto", None, ours):
         field = FIELDS[key]
         raise ValueError(
@@ -269,12 +281,12 @@ def loss_scaler(config: Config) -> LossScaler:
     )
 
 
-def check_level(config: Config, level: "Level", optimizer: Optimizer) -> None:
+def check_options(config: Config, options: StepOptions, optimizer: Optimizer) -> None:
     """Compare what a configuration says of the level with the level.
 
     Args:
         config: From :func:`checked`.
-        level: The level.
+        options: Of the level's steps.
         optimizer: Its optimizer.
 
     Raises:
@@ -282,8 +294,8 @@ def check_level(config: Config, level: "Level", optimizer: Optimizer) -> None:
     """
     kind = type(optimizer).__name__
     here = {
-        "gradient_clipping": ("max_grad_norm", level.max_grad_norm or 0.0),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", level.gradient_accumulation_steps),
+        "gradient_clipping": ("max_grad_norm", options.max_grad_norm or 0.0),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", options.gradient_accumulation_steps),
         "optimizer.type": ("optimizer", kind.removeprefix("DeepSpeedCPU")),
     }
     here |= {f"optimizer.params.{name}": (name, value) for name, value in optimizer.defaults.items()}
@@ -292,8 +304,8 @@ def check_level(config: Config, level: "Level", optimizer: Optimizer) -> None:
             field, ours = here.get(key, ("optimizer", kind))
             if not _agree(value, ours):
                 raise ValueError(
-                    f"level {level.name!r}: DeepSpeed(config=...) has {key}={value!r}, the level has {field}={ours!r}. "
-                    "Make them the same, or set the key to 'auto': the level's is used."
+                    f"level {options.name!r}: DeepSpeed(config=...) has {key}={value!r}, the level has "
+                    f"{field}={ours!r}. Make them the same, or set the key to 'auto': the level's is used."
                 )
 
 

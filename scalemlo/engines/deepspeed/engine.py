@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from ...distributed.group import ensure_group, rank, world_size
-from ...level import Level
-from ..base import Engine, EngineSpec, _frozen
+from ..base import Engine, EngineSpec, StepOptions, _frozen
 from ..gather import RowSharding
 from ..loss_scaler import LossScaler
 from ..sharded import ShardedEngine, cast
@@ -38,7 +37,7 @@ class DeepSpeed(EngineSpec):
         offload_parameters: Keep the weights' shards in host memory too; stage 3.
         config: DeepSpeed's configuration, as a dict or the path of a JSON file: one made for the Hugging Face Trainer
             does. What is used of it, what must agree with the level and what is refused stands in
-            :mod:`.deepspeed_config`.
+            :mod:`.deepspeed.config`.
 
     Raises:
         ValueError: For another stage or dtype, and for keys of the configuration that contradict the engine, or whose
@@ -71,9 +70,9 @@ class DeepSpeed(EngineSpec):
         """See :meth:`EngineSpec.loss_scaler`; as the configuration sets it."""
         return configuration.loss_scaler(self.config) if self.dtype == "fp16" else super().loss_scaler()
 
-    def check_level(self, level: Level, optimizer: Optimizer) -> None:
-        """See :meth:`EngineSpec.check_level`."""
-        configuration.check_level(self.config, level, optimizer)
+    def check_options(self, options: StepOptions, optimizer: Optimizer) -> None:
+        """See :meth:`EngineSpec.check_options`."""
+        configuration.check_options(self.config, options, optimizer)
 
     def wrap(self, module: nn.Module, *, name: str, device: torch.device, may_skip_parameters: bool) -> Engine:
         """See :meth:`EngineSpec.wrap`.
