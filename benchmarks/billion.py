@@ -72,7 +72,7 @@ def measured(shape: dict) -> dict[str, float]:
 def worker(what: str, shape: dict) -> list:
     """In a fresh process: the plan, or the measurement."""
     if what == "plan":
-        from scalemlo.planning.plan import plan
+        from scalemlo.planning.planner import plan
 
         layers = shape["num_hidden_layers"]
         found = plan(lambda: build(shape), world_size=RANKS, accelerator=False, num_layers=layers)

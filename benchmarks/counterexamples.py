@@ -1,4 +1,4 @@
-"""Cases in which a hypergradient is not what it seems, and what `program.check()` says of them.
+"""Cases in which a hypergradient is not what it seems, and what `mlo.check(program)` says of them.
 
     python benchmarks/counterexamples.py [--only NAME ...]
 
@@ -91,7 +91,7 @@ def many_steps() -> CheckReport:
     """The check after one step of the weights."""
     program = reweighting(mlo.Identity(), seed=0)
     program.run(1, progress=False)
-    return program.check()
+    return mlo.check(program)
 
 
 # ---- a level in the middle -------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def middle() -> CheckReport:
     found = program.gradients()["x"]["value"].item()
     rows = [["found", f"{found:.6f}"], ["total derivative", f"{0.8 + 1 / 4:.6f}"], ["partial ones", f"{0.8 + 1:.6f}"]]
     print(markdown_table(["df1/dx", "value"], rows))
-    return program.check()
+    return mlo.check(program)
 
 
 CASES = {"many_steps": many_steps, "middle": middle}

@@ -143,7 +143,7 @@ def seconds(setting: dict, tight: bool, *, interleaved: bool = True) -> dict:
             cpu.append(measure.cpu_seconds(program.step))
             wall.append(time.perf_counter() - start)
         moved = sum(stats.moved_bytes for stats in program.history.phases.values()) - before
-        scheduler = program._scheduler
+        scheduler = program.iteration.scheduler
         found = {
             "cpu_seconds": statistics.median(cpu),
             "wall_seconds": statistics.median(wall),

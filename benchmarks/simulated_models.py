@@ -67,7 +67,7 @@ def main() -> None:
     """Plan, print and write."""
     options = measure.arguments(__doc__)
     from scalemlo.memory.sizes import format_bytes
-    from scalemlo.planning.plan import plan
+    from scalemlo.planning.planner import plan
 
     models = dict(list(MODELS.items())[:1]) if options.quick else MODELS
     estimators = dict(list(ESTIMATORS.items())[:1]) if options.quick else ESTIMATORS

@@ -22,13 +22,14 @@ from .hypergradients import (
     ZerothOrder,
 )
 from .level import Level
-from .loop.program import NonFiniteError, Program
+from .loop.check import check
+from .loop.gradients import NonFiniteError
+from .loop.program import Program
 from .loop.trackers import TrackWith
 from .memory import Memory
 from .ops import constant, mean, sample, weighted_mean
-from .planning.plan import plan
-
-__version__ = "0.1.0"
+from .planning.planner import plan
+from .versions import __version__
 
 __all__ = [
     "Checkpointing",
@@ -60,6 +61,8 @@ __all__ = [
     "Unrolled",
     "Upper",
     "ZerothOrder",
+    "__version__",
+    "check",
     "constant",
     "mean",
     "plan",

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+__version__ = "0.1.0"
+"""Of scalemlo itself, as in pyproject.toml."""
+
 NEWER, OLDER = "activation_checkpointing", "gradient_checkpointing"
 """What transformers calls it."""
 

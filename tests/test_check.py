@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import scalemlo as mlo
+from scalemlo.loop.lower_level import LowerLevel
 from scalemlo.reporting.tables import plot_check
 from tests.problems import Problem, build_modules
 from tests.ranks import run_ranks
@@ -62,7 +63,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_checked_but_for_the_batches():
     checked.check([mlo.Identity()])
     for trainer in other.trainers.values():  # takes the batches that the check took
         for _ in range(4 if trainer.name == "finetune" else 2):
-            other._ticks.fetch([trainer])
+            other.iteration.ticks.fetch([trainer])
     torch.testing.assert_close(
         checked.run(2, progress=False).column("loss/rater"), other.run(2, progress=False).column("loss/rater"),
         rtol=0, atol=0,
@@ -109,7 +110,7 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
     monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._note_solve", lambda self, lower, result: None)
 
     def pull_back(self, v, lower, level, uppers, fixed):
-        return lower.estimator.pull_back(v, lower.asked_by(level, uppers))[0]
+        return lower.estimator.pull_back(v, LowerLevel(lower, level, uppers))[0]
 
     monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._pull_back", pull_back)
     report = program().check([])

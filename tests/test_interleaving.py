@@ -10,7 +10,7 @@ import scalemlo as mlo
 from scalemlo.memory import scheduler
 from scalemlo.memory.interleaving import Interleaving, Part, Sizes, interleave, moved_bytes
 from scalemlo.memory.phases import Phase, StateName
-from scalemlo.planning.plan import plan
+from scalemlo.planning.planner import plan
 from tests import test_residency
 from tests.ranks import run_ranks
 from tests.test_residency import LEVELS, TRAINED
@@ -182,7 +182,7 @@ def test_an_order_that_does_not_hold_what_was_expected_is_given_up(tmp_path, mon
         measured = []
         for _ in range(5):
             program.step()
-            measured.append(dict(program._scheduler.meter.taken) if memory else {})
+            measured.append(dict(program.iteration.scheduler.meter.taken) if memory else {})
         return [program.state_dict(name) for name in LEVELS], program, measured
 
     def no_better(parts, below, sizes):
@@ -200,7 +200,7 @@ def test_an_order_that_does_not_hold_what_was_expected_is_given_up(tmp_path, mon
         weights, program, measured = after(memory)
         assert equal(free, weights)
         assert program.interleaving() == () and [p.level for p in program.phases() if p.name == "step"] == list(LEVELS)
-        assert measured[1].items() <= program._scheduler.meter.taken.items()
+        assert measured[1].items() <= program.iteration.scheduler.meter.taken.items()
 
 
 def exceeding_in_trials(self, phase):
@@ -215,6 +215,8 @@ def test_what_earlier_phases_left_counts_in_the_chosen_order(tmp_path):
     steps = [phase for phase in program.phases() if phase.name == "step"]
     assert [phase.level for phase in steps] != list(LEVELS)
     gradient = TRAINED + 4 * test_residency.SIZE  # with the bias
-    own = {program._scheduler.meter.taken[phase] - (len(steps) - i) * gradient for i, phase in enumerate(steps)}
+    own = {
+        program.iteration.scheduler.meter.taken[phase] - (len(steps) - i) * gradient for i, phase in enumerate(steps)
+    }
     assert len(own) == 1 and 0 < own.pop() < 3 * gradient  # a step's temporaries: alike in all levels
-    assert not program._scheduler.meter.is_watching
+    assert not program.iteration.scheduler.meter.is_watching

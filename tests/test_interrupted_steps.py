@@ -156,7 +156,7 @@ def surroundings(program: mlo.Program):
         random.getstate(),
         str(np.random.get_state()),
         torch.get_rng_state().tolist(),
-        program._generator.get_state().tolist(),
+        program.iteration.generator.get_state().tolist(),
         {n: x.stream.state_dict() | {"generators": []} for n, x in program.trainers.items()},
         (module.num_calls, float(module.seen)),
         {n: len(x.trajectory.steps) if x.trajectory else 0 for n, x in program.trainers.items()},

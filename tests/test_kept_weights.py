@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import scalemlo as mlo
 from scalemlo.engines.kept import KeptWeights
-from scalemlo.planning.plan import plan
+from scalemlo.planning.planner import plan
 from tests.cases import CASES
 from tests.problems import Problem, build_modules, weights
 from tests.ranks import run_ranks
@@ -100,7 +100,7 @@ def compared(rank, world_size, names, engine, folder) -> dict[str, dict]:
     for name in names:
         free, within = lora(name, engine, None), lora(name, engine, mlo.Memory(device=AMPLE, disk=folder))
         expected, counts = counted(free), counted(within)
-        kept = within._scheduler._kept
+        kept = within.iteration.scheduler._kept
         found[name] = dict(
             same=free.history.steps == within.history.steps and same(weights(free), weights(within)),
             before=expected[-1],
@@ -164,7 +164,7 @@ def test_room_is_what_every_phase_leaves(tmp_path):
         for factor in (None, 26, 200):
             program = pair(None if factor is None else budget(factor, tmp_path))
             counts = counted(program)
-            within = program._scheduler
+            within = program.iteration.scheduler
             most = 0 if factor is None else within._kept.most_bytes
             fits = factor is None or all(
                 within.residency.needed_bytes(phase.uses) + within.meter.taken[phase] + most <= factor * TRAINED
@@ -188,7 +188,7 @@ def test_nothing_is_kept_outside_of_iterations(tmp_path):
         free, within = pair(None), pair(budget(200, tmp_path))
         for program in (free, within):
             program.run(NUM_STEPS, progress=False)
-        assert within._scheduler._kept.most_bytes > 0
+        assert within.iteration.scheduler._kept.most_bytes > 0
         for _ in range(2):
             expected, found = free.gradients(), within.gradients()
             assert all(torch.equal(expected[n][k], t) for n, g in found.items() for k, t in g.items())
@@ -198,7 +198,7 @@ def test_nothing_is_kept_outside_of_iterations(tmp_path):
                         for name in trainer.engine.parameters:  # frozen ones too
                             trainer.engine.local(name).mul_(1.1)
                 program.step()
-        assert within._scheduler._kept.num_bytes == 0
+        assert within.iteration.scheduler._kept.num_bytes == 0
         return same(weights(free), weights(within))
 
     assert all(run_ranks(body, 2))

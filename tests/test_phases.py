@@ -51,7 +51,7 @@ def test_phases_are_unknown_before_the_first_iteration():
     else:
         raise AssertionError("no error")
     program.gradients()  # is no part of an iteration
-    assert program._scheduler.timeline.phases == ()
+    assert program.iteration.scheduler.timeline.phases == ()
 
 
 def test_next_use_goes_round():

@@ -19,7 +19,8 @@ from scalemlo.memory.sizes import format_bytes, parse_bytes
 from scalemlo.planning import simulate
 from scalemlo.planning.advice import Change, cheapest_fit
 from scalemlo.planning.depth import at_depth
-from scalemlo.planning.plan import plan, simulated_layers
+from scalemlo.planning.plan import simulated_layers
+from scalemlo.planning.planner import plan
 from scalemlo.planning.simulate import run_iterations
 from tests.problems import Finetune, Rate, weight_net
 from tests.ranks import run_ranks

@@ -15,7 +15,7 @@ from torch import nn
 import scalemlo as mlo
 from scalemlo.cli.main import main
 from scalemlo.planning import replan
-from scalemlo.planning.plan import plan
+from scalemlo.planning.planner import plan
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
 
@@ -58,7 +58,7 @@ def test_program_plans_itself_as_the_function_that_built_it_is_planned(engine):
         program.step()
         module = program.trainers["below"].engine.module
         before = [p.detach().clone() for p in module.parameters()]
-        found = program.plan(device_memory="1GiB")
+        found = mlo.plan(program, device_memory="1GiB")
         same = all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
         program.step()  # goes on as if nothing had been
         return counted(found), found.peak_bytes, found.fits, same
@@ -70,7 +70,7 @@ def test_program_plans_itself_as_the_function_that_built_it_is_planned(engine):
 
 
 def test_program_plans_itself_on_other_engines_and_ranks():
-    found = build().plan(world_size=4, engine=mlo.FSDP())
+    found = mlo.plan(build(), world_size=4, engine=mlo.FSDP())
     expected = plan(partial(build, mlo.FSDP), world_size=4, accelerator=False)
     assert counted(found) == counted(expected)
     with pytest.raises(ValueError, match="cannot be split evenly over 3 ranks"):

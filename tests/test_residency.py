@@ -182,7 +182,7 @@ def trained(rank, world_size, engine, factors, disk) -> dict[str, dict]:
         free.run(3, progress=False)
         tight = build(budget(factor, disk), engine, hypergradient)
         tight.run(3, progress=False)
-        residency, taken = tight._scheduler.residency, tight._scheduler.meter.taken
+        residency, taken = tight.iteration.scheduler.residency, tight.iteration.scheduler.meter.taken
         found[name] = dict(
             same=free.history.steps == tight.history.steps and same(state_of(free), state_of(tight)),
             moved=sum(stats.moved_bytes for stats in tight.history.phases.values()),

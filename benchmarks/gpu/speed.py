@@ -120,7 +120,7 @@ def program(watch: Stopwatch, size: Size, batch: int, *, name: str, **options) -
 def product(watch: Stopwatch, size: Size, batch: int, *, name: str) -> Measured:
     """One Hessian-vector product of the lower loss."""
     built = program_of(size, PROGRAMS["forward"], batch, watch.device, verify="off")
-    built._ticks.fetch(list(built.trainers.values()))
+    built.iteration.ticks.fetch(list(built.trainers.values()))
     lower = built.trainers["finetune"]
     loss, v = lower.loss_at(), lower.weights().map(torch.randn_like)
     if name == "hvp_retain_further":

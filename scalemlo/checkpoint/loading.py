@@ -4,7 +4,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,14 +13,12 @@ from ..distributed.ranks import Ranks
 from . import state
 from .files import check_sizes, check_sums, read_manifest, share_of
 from .folders import find_checkpoint, older
+from .saved import Saved
 from .saving import EXTRA, HISTORY, SHARED
 from .vectors import VectorFiles
 
-if TYPE_CHECKING:
-    from ..loop.program import Program
 
-
-def load_checkpoint(program: "Program", path: str | Path) -> Path:
+def load_checkpoint(program: Saved, path: str | Path) -> Path:
     """Put a program in the state that a checkpoint holds. Collective.
 
     Everything is checked before anything is changed, the content of all files included: a ``ValueError`` on all ranks
@@ -74,7 +72,7 @@ def _checked(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_vectors(program: "Program", files: VectorFiles) -> None:
+def _read_vectors(program: Saved, files: VectorFiles) -> None:
     try:
         for name, piece in state.vectors(program).items():
             flat = piece.flat

@@ -12,21 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..distributed.group import is_main_process, world_size
 from ..distributed.ranks import Ranks
+from ..versions import __version__
 from . import state
 from .files import FORMAT_VERSION, write_file, write_manifest
 from .folders import complete, complete_checkpoints, folder_of_step, keep_latest, make_room, older, partial_of, step_of
+from .saved import Saved
 from .vectors import write_vectors
 from .writable import check_writable
-
-if TYPE_CHECKING:
-    from ..loop.program import Program
 
 SHARED, HISTORY, EXTRA = "shared.pt", "history.json", "extra.json"
 
@@ -83,7 +82,7 @@ class Checkpointing:
         Ranks().together(check)
 
 
-def save_checkpoint(program: "Program", folder: str | Path, save_total_limit: int | None = None) -> Path:
+def save_checkpoint(program: Saved, folder: str | Path, save_total_limit: int | None = None) -> Path:
     """Write a checkpoint between two outer iterations. Collective.
 
     A ``ValueError`` on all ranks where there is one of this step already, something cannot be stored, or writing fails;
@@ -103,7 +102,7 @@ def save_checkpoint(program: "Program", folder: str | Path, save_total_limit: in
 
 
 @contextmanager
-def saving(checkpoint: Checkpointing | None) -> Iterator[Callable[["Program"], Any]]:
+def saving(checkpoint: Checkpointing | None) -> Iterator[Callable[[Saved], Any]]:
     """Save checkpoints of one run; when it ends all of them are written, or an error says which one is not.
 
     Args:
@@ -135,7 +134,7 @@ class _Background:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, program: "Program") -> None:
+    def save(self, program: Saved) -> None:
         """Copy the state and start to write it, once what was started before is written. Collective."""
         self.wait()
         snapshot = Snapshot.of(program, Path(self._checkpoint.folder)).copied()
@@ -177,7 +176,7 @@ class Snapshot:
     manifest: dict[str, Any]
 
     @classmethod
-    def of(cls, program: "Program", folder: Path) -> "Snapshot":
+    def of(cls, program: Saved, folder: Path) -> "Snapshot":
         """Collect the state of a program, and make room for it; vectors alias the live ones. Collective."""
         final, ranks = folder_of_step(folder, program.num_steps), Ranks()
         files, manifest = ranks.together(lambda: _content(program))
@@ -195,10 +194,8 @@ class Snapshot:
         return vectors + sum(map(len, self.files.values()))
 
 
-def _content(program: "Program") -> tuple[dict[str, bytes], dict[str, Any]]:
+def _content(program: Saved) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All files but those of the vectors, and the manifest but for its list of files."""
-    from .. import __version__
-
     files = {state.rank_file(): _packed(state.own(program), "a rank's own state")}
     if is_main_process():
         files[SHARED] = _packed(state.shared(program), "optimizer, scheduler and estimator states")

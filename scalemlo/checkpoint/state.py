@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,7 @@ from ..distributed.group import is_main_process, rank
 from ..distributed.shards import Shards
 from ..engines import Engine
 from ..history import History, PhaseStats
-
-if TYPE_CHECKING:
-    from ..loop.level_trainer import LevelTrainer
-    from ..loop.program import Program
+from .saved import Saved, SavedLevel
 
 
 # ---- vectors -------------------------------------------------------------------------------------------------------
@@ -58,7 +55,7 @@ class Piece:
         return replace(self, local=self.flat.to("cpu", copy=True))
 
 
-def vectors(program: "Program") -> dict[str, Piece]:
+def vectors(program: Saved) -> dict[str, Piece]:
     """This rank's pieces of all tensors that are laid out like a parameter; they alias the live ones.
 
     Args:
@@ -99,7 +96,7 @@ def _zeros_like(engine: Engine, name: str, dtype: torch.dtype) -> Tensor:
 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
-def shared(program: "Program") -> dict[str, Any]:
+def shared(program: Saved) -> dict[str, Any]:
     """What every rank has in common besides vectors, in plain containers.
 
     Args:
@@ -111,13 +108,13 @@ def shared(program: "Program") -> dict[str, Any]:
     """
     return {
         "num_steps": program.num_steps,
-        "generator": program._generator.get_state(),
-        "trackers": program._gradients.state_dict(),
+        "generator": program.generator.get_state(),
+        "trackers": program.gradients.state_dict(),
         "levels": {name: _shared_by_level(trainer) for name, trainer in program.trainers.items()},
     }
 
 
-def _shared_by_level(trainer: "LevelTrainer") -> dict[str, Any]:
+def _shared_by_level(trainer: SavedLevel) -> dict[str, Any]:
     names = {id(trainer.engine.parameters[name]): name for name in trainer.block.names}
     optimizer, memory = {}, {}
     for name in trainer.block.names:
@@ -146,7 +143,7 @@ def _shared_by_level(trainer: "LevelTrainer") -> dict[str, Any]:
     }
 
 
-def _plain(value: Any, trainer: "LevelTrainer", name: str, key: str) -> Any:
+def _plain(value: Any, trainer: SavedLevel, name: str, key: str) -> Any:
     if isinstance(value, DTensor):
         raise ValueError(
             f"level {trainer.name!r}: {type(trainer.optimizer).__name__} keeps {key!r} of shape {list(value.shape)} "
@@ -157,7 +154,7 @@ def _plain(value: Any, trainer: "LevelTrainer", name: str, key: str) -> Any:
     return value
 
 
-def restore_shared(program: "Program", state: Mapping[str, Any], keeps_memory: Mapping[str, bool]) -> None:
+def restore_shared(program: Saved, state: Mapping[str, Any], keeps_memory: Mapping[str, bool]) -> None:
     """Put the shared values back, and zeros in the place of those vectors that :func:`vectors` will name.
 
     Args:
@@ -166,13 +163,13 @@ def restore_shared(program: "Program", state: Mapping[str, Any], keeps_memory: M
         keeps_memory: By level: whether the memory is that of the level's estimator.
     """
     program.num_steps = state["num_steps"]
-    program._generator.set_state(state["generator"])
-    program._gradients.load_state_dict(state["trackers"])
+    program.generator.set_state(state["generator"])
+    program.gradients.load_state_dict(state["trackers"])
     for name, trainer in program.trainers.items():
         _restore_level(trainer, state["levels"][name], keeps_memory[name])
 
 
-def _restore_level(trainer: "LevelTrainer", state: Mapping[str, Any], keeps_memory: bool) -> None:
+def _restore_level(trainer: SavedLevel, state: Mapping[str, Any], keeps_memory: bool) -> None:
     engine = trainer.engine
     trainer.num_steps, trainer.trajectory = state["num_steps"], None
     for group, kept in zip(trainer.optimizer.param_groups, state["groups"], strict=True):
@@ -197,7 +194,7 @@ def _restore_level(trainer: "LevelTrainer", state: Mapping[str, Any], keeps_memo
 
 
 # ---- a rank's own --------------------------------------------------------------------------------------------------
-def own(program: "Program") -> dict[str, Any]:
+def own(program: Saved) -> dict[str, Any]:
     """What differs between ranks: random states, positions in the data, persistent buffers of modules.
 
     Args:
@@ -221,7 +218,7 @@ def own(program: "Program") -> dict[str, Any]:
     }
 
 
-def restore_own(program: "Program", state: Mapping[str, Any], *, random_states: bool) -> None:
+def restore_own(program: Saved, state: Mapping[str, Any], *, random_states: bool) -> None:
     """Put a rank's own values back.
 
     Args:
@@ -261,7 +258,7 @@ def restore_history(history: History, state: Mapping[str, Any]) -> None:
 
 
 # ---- whose state it is ---------------------------------------------------------------------------------------------
-def describe_program(program: "Program", *, as_held: bool = False) -> dict[str, Any]:
+def describe_program(program: Saved, *, as_held: bool = False) -> dict[str, Any]:
     """Names, shapes and kinds, as JSON takes them: what a checkpoint must have in common with a program.
 
     Args:
@@ -356,7 +353,7 @@ def check_same_program(there: Mapping[str, Any], here: Mapping[str, Any], where:
     return keeps_memory
 
 
-def check_same_groups(program: "Program", state: Mapping[str, Any], where: str) -> None:
+def check_same_groups(program: Saved, state: Mapping[str, Any], where: str) -> None:
     """Compare the parameter groups of the optimizers.
 
     Args:

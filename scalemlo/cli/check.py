@@ -36,12 +36,13 @@ def run(options: Namespace) -> int:
 
 def _check(recipe: "Recipe", run_config: "RunConfig", warm_up: int) -> int:
     from ..distributed.group import is_main_process
+    from ..loop.check import check
     from ..reporting.tables import plot_check, print_table
 
     program = recipe.build(run_config)
     if warm_up:
         program.run(warm_up)
-    report = program.check()
+    report = check(program)
     if is_main_process():
         folder = Path(run_config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,8 @@ def run(options: Namespace) -> int:
     from ..memory.sizes import parse_bytes
     from ..planning import advice as advise
     from ..planning.pictures import plot_phases, plot_sweep
-    from ..planning.plan import HEADER, MOVE_HEADER, Hardware, Plan, plan
+    from ..planning.plan import HEADER, MOVE_HEADER, Hardware, Plan
+    from ..planning.planner import plan
     from ..planning.simulate import pretrained_depth
     from ..recipes import CONFIGS, RECIPES
     from ..recipes.study.study import ComparisonConfig
@@ -69,7 +70,8 @@ def run(options: Namespace) -> int:
         if is_small:
             engine = changed.engine
             spec = engine.for_ranks(ranks) if isinstance(engine, cfg.AutoConfig) else engine.build()
-            return build(replace(changed, engine=cfg.AutoConfig())).plan(world_size=ranks, engine=spec, **machine)
+            built = build(replace(changed, engine=cfg.AutoConfig()))
+            return plan(built, world_size=ranks, engine=spec, **machine)
         return plan(lambda: build(changed), world_size=ranks, num_layers=num_layers, **machine)
 
     folder = Path(config.output_dir)

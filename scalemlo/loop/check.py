@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,12 +34,12 @@ from ..hypergradients import (
 )
 from .binding import check_unrolling
 from .check_paths import hops_agree, lost_path
+from .iteration import Iteration
 from .level_trainer import LevelTrainer
+from .lower_level import LowerLevel
+from .program import Program
 from .undo import undone
 from .verification import Verification
-
-if TYPE_CHECKING:
-    from .program import Program
 
 TOLERANCE = {"fp64": 1e-8, "fp32": 1e-3, "bf16": 2e-1, "fp16": 1e-1}
 """How far two ways to the same number may be apart, relative, by the precision of the computation."""
@@ -100,7 +100,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What :meth:`scalemlo.Program.check` found."""
+    """What :func:`scalemlo.check` found."""
 
     findings: list[Finding] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -191,25 +191,40 @@ def default_estimators(lower: LevelTrainer) -> list[Hypergradient]:
     return [e for e in candidates if e != lower.estimator]
 
 
-def check_program(program: "Program", estimators: Sequence[Hypergradient] | None = None) -> CheckReport:
-    """See :meth:`scalemlo.Program.check`."""
-    report = CheckReport()
-    verification, program._gradients.verification = program._gradients.verification, Verification("off", 1)
+def check(program: Program, estimators: Sequence[Hypergradient] | None = None) -> CheckReport:
+    """Compare estimators of every hop with the exact hypergradient, and derivatives with a second way to have them.
+
+    At the point reached, on the next batches; nothing is trained, weights and states are bit for bit as before. Where a
+    lower level's steps cannot be taken again (unknown optimizer, moving levels below it) only the second ways are
+    compared. Costs some lower steps and one hypergradient per estimator; collective.
+
+    Args:
+        program: Between two outer iterations.
+        estimators: What to compare beside the program's own; by default a few of each kind.
+
+    Returns:
+        Findings, comparisons, and a verdict in words.
+    """
+    iteration = program.iteration
+    iteration.ticks.require_between_iterations("check()")
+    report, gradients = CheckReport(), iteration.gradients
+    verification, gradients.verification = gradients.verification, Verification("off", 1)
     try:
-        _fill(report, program, estimators)
+        with iteration.scheduler.resident():
+            _fill(report, iteration, estimators)
     finally:
-        program._gradients.verification = verification
+        gradients.verification = verification
     return report
 
 
-def _fill(report: CheckReport, program: "Program", estimators: Sequence[Hypergradient] | None) -> None:
-    trainers = program.trainers
+def _fill(report: CheckReport, iteration: Iteration, estimators: Sequence[Hypergradient] | None) -> None:
+    trainers = iteration.trainers
     before = {name: trainer.weights().clone() for name, trainer in trainers.items()}
     for lower in trainers.values():
-        uppers = [trainers[n] for n in program.graph.uppers(lower.name)]
+        uppers = [trainers[n] for n in iteration.graph.uppers(lower.name)]
         if uppers:
-            _Hop(program, lower, uppers, report).compare(estimators)
-    _check_whole(program, report)
+            _Hop(iteration, lower, uppers, report).compare(estimators)
+    _check_whole(iteration, report)
     moved = any(not torch.equal(t, trainers[n].weights()[k]) for n, v in before.items() for k, t in v.items())
     report.findings.append(Finding("all levels", "weights are bit for bit as before", float(any_rank(moved)), 0.0))
     if world_size() > 1:
@@ -219,18 +234,18 @@ def _fill(report: CheckReport, program: "Program", estimators: Sequence[Hypergra
                 report.findings.append(Finding(trainer.name, "all ranks hold the same weights", spread, 0.0))
 
 
-def _check_whole(program: "Program", report: CheckReport) -> None:
+def _check_whole(iteration: Iteration, report: CheckReport) -> None:
     """Every gradient that goes through levels below, over all its hops and paths."""
-    levels = [t for t in program.trainers.values() if program.graph.depends_on_best_responses(t.name)]
+    levels = [t for t in iteration.trainers.values() if iteration.graph.depends_on_best_responses(t.name)]
     if not levels:
         return
-    with program._after_unrolled_steps():
+    with iteration.after_unrolled_steps():
         for level in levels:
             for what, question in (
                 ("whole gradient: hops move as live gradients do", hops_agree),
                 ("whole gradient: no path is lost", lost_path),
             ):
-                answer = question(program, level)
+                answer = question(iteration, level)
                 report.findings.append(Finding(level.name, what, 0.0 if answer is None else math.inf, 0.0))
                 if answer is not None:
                     report.notes.append(f"{level.name}: {answer}")
@@ -239,12 +254,12 @@ def _check_whole(program: "Program", report: CheckReport) -> None:
 class _Hop:
     """All comparisons of one lower level."""
 
-    def __init__(self, program: "Program", lower: LevelTrainer, uppers: Sequence[LevelTrainer], report: CheckReport):
-        self.program, self.lower, self.uppers, self.report = program, lower, uppers, report
-        self.gradients = program._gradients
+    def __init__(self, iteration: Iteration, lower: LevelTrainer, uppers: Sequence[LevelTrainer], report: CheckReport):
+        self.iteration, self.lower, self.uppers, self.report = iteration, lower, uppers, report
+        self.gradients = iteration.gradients
         self.asking = [
-            t for t in program.trainers.values()
-            if lower.name in t.depends_on and lower.name in program.graph.responding(t.name)
+            t for t in iteration.trainers.values()
+            if lower.name in t.depends_on and lower.name in iteration.graph.responding(t.name)
         ]  # fmt: skip
         dtype = next(iter(lower.weights().values())).dtype
         precision = lower.engine.spec.dtype
@@ -255,7 +270,7 @@ class _Hop:
         own = self.lower.estimator
         others = default_estimators(self.lower) if estimators is None else [e for e in estimators if e != own]
         candidates = [own, *others]
-        with undone(list(self.program.trainers.values())):
+        with undone(list(self.iteration.trainers.values())):
             try:
                 self._compare(own, candidates)
             finally:
@@ -270,7 +285,7 @@ class _Hop:
         self.lower.estimator = exact
         for position in range(num_steps):
             last = position == num_steps - 1
-            self.program._ticks.fetch(list(self.program.trainers.values()) if last else [self.lower])
+            self.iteration.ticks.fetch(list(self.iteration.trainers.values()) if last else [self.lower])
             if reason is None:
                 self.lower.record_step(position)
             if last:
@@ -281,7 +296,7 @@ class _Hop:
             self.lower.estimator = exact
             self.gradients.clear()
             if reason is None:
-                self.program._ticks.update([self.lower])
+                self.iteration.ticks.update([self.lower])
         if reason is not None:
             self.report.notes.append(f"{self.lower.name}: no exact hypergradient to compare with: {reason}")
             self.report.comparisons += [row for by_level in found.values() for _, row in by_level.values()]
@@ -309,7 +324,7 @@ class _Hop:
 
     def _why_not(self, exact: Unrolled) -> str | None:
         try:
-            check_unrolling(self.program.graph, self.lower, exact)
+            check_unrolling(self.iteration.graph, self.lower, exact)
         except ValueError as error:
             return str(error)
         return None
@@ -382,7 +397,7 @@ class _Hop:
             size = float(direction.norm())
             if upper not in self.uppers or size == 0.0 or len(self.uppers) > 1:
                 continue
-            problem = self.lower.asked_by(upper, self.uppers)
+            problem = LowerLevel(self.lower, upper, self.uppers)
             unit, trajectory = direction * (1 / size), problem.trajectory.held()
 
             def outcome(radius: float, problem=problem, unit=unit, upper=upper, trajectory=trajectory) -> float:

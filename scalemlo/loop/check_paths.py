@@ -7,17 +7,14 @@ the levels below stepped.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..autodiff.errors import DerivativeError
 from ..distributed.shards import Shards
 from ..hypergradients.random_directions import gaussian
+from .iteration import Iteration
 from .level_trainer import LevelTrainer
 from .undo import undone
 from .verification import Verification
-
-if TYPE_CHECKING:
-    from .program import Program
 
 NEGLIGIBLE = 1e-9
 """A response below this part of the direct gradients' size counts as none."""
@@ -26,17 +23,17 @@ ANTISYMMETRIC = 0.05
 """A response is of first order where the loss changes by at least this part of what it does, with the other sign."""
 
 
-def hops_agree(program: "Program", level: LevelTrainer) -> str | None:
+def hops_agree(iteration: Iteration, level: LevelTrainer) -> str | None:
     """Take a level's whole gradient with every hop compared with the live modules.
 
     Args:
-        program: With batches fetched.
+        iteration: With batches fetched.
         level: One that depends on best responses.
 
     Returns:
         What a hop does not agree with, in words; None where all do.
     """
-    gradients = program._gradients
+    gradients = iteration.gradients
     kept, gradients.verification = gradients.verification, Verification("always", 1)
     try:
         gradients.clear()
@@ -49,22 +46,22 @@ def hops_agree(program: "Program", level: LevelTrainer) -> str | None:
     return None
 
 
-def lost_path(program: "Program", level: LevelTrainer) -> str | None:
+def lost_path(iteration: Iteration, level: LevelTrainer) -> str | None:
     """Whether the levels below answer a level along a path that its gradient lacks.
 
     Its parameters are moved along a direction and back, the levels below step in between, and its loss is looked at.
 
     Args:
-        program: With batches fetched; left as it is.
+        iteration: With batches fetched; left as it is.
         level: One that depends on best responses.
 
     Returns:
         What is lost, in words; None where nothing is, or where an estimator gives the direct gradient alone.
     """
-    responding = [program.trainers[n] for n in program.graph.order if n in program.graph.responding(level.name)]
+    responding = [iteration.trainers[n] for n in iteration.graph.order if n in iteration.graph.responding(level.name)]
     if any(t.estimator.only_direct or t.estimator.scores or t.estimator.needs_gradient for t in responding):
         return None
-    gradients = program._gradients
+    gradients = iteration.gradients
     gradients.clear()
     direct = level.compute_gradient([level, *responding])
     _, whole = gradients.hypergradient(level)

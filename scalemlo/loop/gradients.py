@@ -21,6 +21,7 @@ from ..history import History
 from ..hypergradients import ImplicitHypergradient, Result
 from ..memory import Scheduler
 from .level_trainer import GradientResult, LevelTrainer
+from .lower_level import LowerLevel
 from .verification import GRADIENT_TOLERANCE, Hop, Verification, error_of_products, precision_of
 
 logger = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ class TickGradients:
         fixed: tuple[str, ...],
     ) -> dict[str, Shards]:
         """One hop: from the lower level's weights to the levels that it goes on to."""
-        problem, estimator = lower.asked_by(level, onward, fixed), lower.estimator
+        problem, estimator = LowerLevel(lower, level, onward, fixed), lower.estimator
         is_ghost = False
         if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator, onward):
             with self.phase(lower, "solve", level):

@@ -24,7 +24,6 @@ from ..ops import WeightedMeanTape
 from .batches import BatchStream
 from .entry import StepEntry
 from .lending import Lender
-from .lower_level import Asked
 from .optimizers import bind_optimizer, bind_scheduler
 from .step_hooks import watched
 
@@ -86,20 +85,7 @@ class LevelTrainer:
         self._lender = Lender(self.name)
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
-    # ---- what an estimator may ask, see :class:`Asked` -----------------------------------------------------------
-    def asked_by(self, level: "LevelTrainer", uppers: Sequence["LevelTrainer"], fixed: Sequence[str] = ()) -> Asked:
-        """The level as a problem that a level above wants solved.
-
-        Args:
-            level: The level whose gradient is being computed.
-            uppers: The levels that this one's loss depends on and that lie on the way to it.
-            fixed: Levels that are held while it is solved, see :class:`scalemlo.graph.Hop`.
-
-        Returns:
-            What the estimator is given.
-        """
-        return Asked(self, level, uppers, fixed)
-
+    # ---- what an estimator may ask, see :class:`.lower_level.LowerLevel` --------------------------------------------
     gradient: Callable[[], tuple[Shards, float]]
     """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,16 +12,21 @@ from ..derivatives.products import LossAt
 from ..derivatives.trajectory import Trajectory
 from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
-
-if TYPE_CHECKING:
-    from .level_trainer import LevelTrainer
+from .level_trainer import LevelTrainer
 
 
-class Asked:
-    """A level as :class:`scalemlo.hypergradients.LowerProblem`; arguments as in ``LevelTrainer.asked_by``."""
+class LowerLevel:
+    """A level at work as :class:`scalemlo.hypergradients.LowerProblem`: what a level above wants solved.
+
+    Args:
+        lower: The level.
+        level: The one whose gradient is being computed.
+        uppers: Those that the level's loss depends on and that lie on the way to it.
+        fixed: Levels that are held while it is solved, see :class:`scalemlo.graph.Hop`.
+    """
 
     def __init__(
-        self, lower: "LevelTrainer", level: "LevelTrainer", uppers: Sequence["LevelTrainer"], fixed: Sequence[str] = ()
+        self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer], fixed: Sequence[str] = ()
     ):
         self.memory = lower.memory.setdefault(".".join((level.name, *fixed)), {})
         self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block

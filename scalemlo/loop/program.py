@@ -5,32 +5,25 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import Checkpointing, load_checkpoint, save_checkpoint, saving
-from ..distributed.group import any_rank, check_same_on_all_ranks, initialize, is_main_process, world_size
+from ..distributed.group import any_rank, is_main_process
 from ..distributed.shards import Shards
 from ..distributed.watchdog import Watchdog
-from ..engines import DDP, EngineSpec, ModuleView, Single
+from ..engines import EngineSpec, ModuleView
 from ..graph import LevelGraph
 from ..history import History
-from ..hypergradients import Hypergradient
 from ..level import Level
-from ..memory import Memory, Phase, StateName, scheduler_of
+from ..memory import Memory, Phase, StateName
 from ..memory.phases import states_of
-from .binding import bind, describe
-from .gradients import NonFiniteError, SkipTick, TickGradients
+from .iteration import Iteration
+from .level_trainer import LevelTrainer
 from .listener import Listener
-from .ticks import Ticks
-from .undo import undone
 from .verification import VERIFY, Verification, Verify
-
-if TYPE_CHECKING:
-    from ..planning.plan import Plan
-    from .check import CheckReport
 
 Callback = Callable[["Program", dict[str, float]], None]
 """Called after every outer iteration with the program and the record of the iteration."""
@@ -89,43 +82,61 @@ class Program:
             raise ValueError(f"verify_every={verify_every!r} must be an integer of at least 1.")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
-        self._watchdog = Watchdog(phase_timeout_seconds)
-        self.graph = LevelGraph(levels)
-        self.device = initialize(device)
-        check_same_on_all_ranks([line for level in self.graph.levels for line in describe(level, engine)])
-        self.history = History()
-        self.extra_state: dict[str, Any] = {}
-        """Values of callbacks and recipes, as JSON takes them: saved with every checkpoint, put back by :meth:`load`.
-        Look them up anew after a load; the same on every rank, of which rank 0's are kept."""
-        self.num_steps = 0
-        self._generator = torch.Generator().manual_seed(seed)
-        default = engine or (Single() if world_size() == 1 else DDP())
-        self.trainers = bind(self.graph, default, self.device, seed)
-        below = {n: {m for m in self.graph.order if n in self.graph.ancestors(m)} for n in self.graph.order}
-        self._scheduler = scheduler_of(self.trainers, self.device, below, memory)
-        self._gradients = TickGradients(
-            self.graph,
-            self.trainers,
-            self.history,
-            nonfinite,
-            self._watchdog,
-            self._scheduler,
-            Verification(verify, verify_every),
+        self.iteration = Iteration(
+            levels,
+            engine=engine,
+            seed=seed,
+            nonfinite=nonfinite,
+            device=device,
+            watchdog=Watchdog(phase_timeout_seconds),
+            verification=Verification(verify, verify_every),
+            verifies_updates=verify != "off",
+            memory=memory,
         )
-        for name, trainer in self.trainers.items():
-            answers = any(name in self.graph.responding(other) for other in self.graph.order)
-            trainer.is_verified = answers and verify != "off"
-        self._ticks = Ticks(self.graph, self.trainers, self._gradients, self._scheduler, self.history, self._generator)
         self._stop = self._is_done = False
+
+    # ---- what there is ---------------------------------------------------------------------------------------------
+    @property
+    def graph(self) -> LevelGraph:
+        """Who stands above whom, and which gradient passes through which level."""
+        return self.iteration.graph
+
+    @property
+    def trainers(self) -> dict[str, LevelTrainer]:
+        """The levels at work, by name, upper ones first."""
+        return self.iteration.trainers
+
+    @property
+    def history(self) -> History:
+        """What was measured so far."""
+        return self.iteration.history
+
+    @property
+    def num_steps(self) -> int:
+        """Outer iterations made so far."""
+        return self.iteration.num_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return self.iteration.device
+
+    @property
+    def extra_state(self) -> dict[str, Any]:
+        """Values of callbacks and recipes, as JSON takes them: saved with every checkpoint, put back by :meth:`load`.
+
+        Look them up anew after a load; the same on every rank, of which rank 0's are kept.
+        """
+        return self.iteration.extra_state
 
     @property
     def listener(self) -> Listener:
         """Hears of ticks and steps; set another one to listen."""
-        return self._ticks.listener
+        return self.iteration.ticks.listener
 
     @listener.setter
     def listener(self, listener: Listener) -> None:
-        self._ticks.listener = listener
+        self.iteration.ticks.listener = listener
 
     # ---- running -------------------------------------------------------------------------------------------------
     def run(
@@ -175,7 +186,7 @@ class Program:
         with (
             bar,
             self._stop_on_interrupt(),
-            self._watchdog.watching(),
+            self.iteration.watchdog.watching(),
             ExitStack() as entered,
             saving(checkpoint) as save,
         ):
@@ -186,14 +197,14 @@ class Program:
                 record = self.step()
                 bar.set_postfix({n: f"{record[f'loss/{n}']:.4g}" for n in self.graph.order if f"loss/{n}" in record})
                 bar.update()
-                with self._watchdog.phase(self.num_steps, "callbacks"):
+                with self.iteration.watchdog.phase(self.num_steps, "callbacks"):
                     for callback in callbacks:
                         callback(self, record)
                 self.history.interrupted = any_rank(self._stop)
                 is_last = self.history.interrupted or self._is_done or i == steps - 1
                 if checkpoint is not None and (is_last or self.num_steps % checkpoint.every == 0):
-                    with self._watchdog.phase(self.num_steps, "save checkpoint"), self._scheduler.resident():
-                        save(self)
+                    with self._saving():
+                        save(self.iteration)
                 if is_last:
                     break
         return self.history
@@ -212,69 +223,19 @@ class Program:
         Returns:
             Its record, see :class:`History`.
         """
-        if self._ticks.is_between_iterations:
-            self._gradients.outer_step, self._gradients.record = self.num_steps + 1, {}
-        with self._scheduler.iteration():
-            self._ticks.run()
-        self.num_steps += 1
-        record = {"step": float(self.num_steps)} | {k: sum(v) / len(v) for k, v in self._gradients.record.items()}
-        self.history.steps.append(record)
-        return record
+        return self.iteration.step()
 
     def gradients(self) -> dict[str, Shards]:
         """Total gradients of all levels at the last tick of an outer iteration, clipped, without taking any step.
 
         For inspection and tests; takes the next batch of every level. A level that is differentiated through its
-        steps takes them, and they are undone; its own gradient is that after them.
+        steps takes them, and they are undone; its own gradient is that after them. A value that is NaN or infinite
+        raises :class:`NonFiniteError`, also under ``nonfinite="skip"``: there is no step to skip.
 
         Returns:
             One vector per level: what its optimizer would be given.
-
-        Raises:
-            NonFiniteError: If a value is NaN or infinite, also under ``nonfinite="skip"``: there is no step to skip.
         """
-        with self._after_unrolled_steps():
-            try:
-                gradients = {name: self._gradients.of(trainer)[0] for name, trainer in self.trainers.items()}
-            except SkipTick as skip:
-                raise NonFiniteError(str(skip)) from None
-            self._gradients.clear()
-        return gradients
-
-    @contextmanager
-    def _after_unrolled_steps(self) -> Iterator[None]:
-        """At the last tick of an outer iteration, batches taken, for a look; the steps that it needs are undone."""
-        self._ticks.require_between_iterations("gradients()")
-        self._ticks.fetch(list(self.trainers.values()))
-        unrolled = [t for t in self.trainers.values() if t.unrolls]
-        states = [state for trainer in unrolled for state in states_of(trainer)]
-        with self._scheduler.outside(), self._scheduler.resident(states), undone(unrolled):
-            for trainer in unrolled:
-                for position in range(trainer.level.unroll_steps):
-                    if position > 0:
-                        self._ticks.fetch([trainer])
-                    trainer.record_step(position)
-                    self._ticks.update([trainer])
-            yield
-
-    def check(self, estimators: Sequence[Hypergradient] | None = None) -> "CheckReport":
-        """Compare estimators of every hop with the exact hypergradient, and derivatives with a second way to have them.
-
-        At the point reached, on the next batches; nothing is trained, weights and states are bit for bit as before.
-        Where a lower level's steps cannot be taken again (unknown optimizer, moving levels below it) only the second
-        ways are compared. Costs some lower steps and one hypergradient per estimator; collective.
-
-        Args:
-            estimators: What to compare beside the program's own; by default a few of each kind.
-
-        Returns:
-            Findings, comparisons, and a verdict in words.
-        """
-        from .check import check_program
-
-        self._ticks.require_between_iterations("check()")
-        with self._scheduler.resident():
-            return check_program(self, estimators)
+        return self.iteration.total_gradients()
 
     @contextmanager
     def inference(self, level: str) -> Iterator[ModuleView]:
@@ -290,7 +251,7 @@ class Program:
         training = engine.module.training
         engine.module.eval()
         try:
-            resident = self._scheduler.resident([StateName("weights", engine.name)])
+            resident = self.iteration.scheduler.resident([StateName("weights", engine.name)])
             with resident, torch.no_grad(), engine.live_pass(wanted=False, last=True):
                 yield self.trainers[level].view
         finally:
@@ -304,7 +265,7 @@ class Program:
             trainable_only: Whether to leave frozen parameters and buffers out.
         """
         engine = self.trainers[level].engine
-        with self._scheduler.resident([StateName("weights", engine.name)]):
+        with self.iteration.scheduler.resident([StateName("weights", engine.name)]):
             return engine.full_state_dict(trainable_only=trainable_only)
 
     @contextmanager
@@ -320,7 +281,7 @@ class Program:
             Nothing.
         """
         states = [state for level in levels for state in states_of(self.trainers[level])]
-        with self._scheduler.resident(states if levels else None):
+        with self.iteration.scheduler.resident(states if levels else None):
             yield
 
     def phases(self) -> tuple[Phase, ...]:
@@ -332,9 +293,9 @@ class Program:
         Raises:
             ValueError: If none has run yet.
         """
-        if not self._scheduler.timeline.phases:
+        if not self.iteration.scheduler.timeline.phases:
             raise ValueError("no outer iteration has run yet, so its phases are not known; call step() or run() first.")
-        return self._scheduler.timeline.phases
+        return self.iteration.scheduler.timeline.phases
 
     def interleaving(self) -> tuple[str, ...]:
         """What the scheduler changed about the order of levels and keeps gathered, one sentence each, and why.
@@ -343,33 +304,7 @@ class Program:
         weights stay gathered between passes, where every phase leaves room for them; results do not depend on it. Empty
         without a budget, before that, and where nothing is better.
         """
-        return self._scheduler.choices
-
-    def plan(
-        self,
-        *,
-        world_size: int | None = None,
-        engine: EngineSpec | None = None,
-        timeout_seconds: float | None = 1800.0,
-        **options: Any,
-    ) -> "Plan":
-        """What one outer iteration takes per rank at any world size; :func:`scalemlo.plan` does it without weights.
-
-        Works in a fork of this process, on tensors without data, and leaves the program as it is. Not collective.
-
-        Args:
-            world_size: Number of ranks; by default, of those that run.
-            engine: In the place of every level's own; :class:`Single` has no plan for several ranks.
-            timeout_seconds: A fork that has no plan by then is ended, with a ``ValueError``; None waits for ever.
-            **options: ``device_memory``, ``accelerator`` (by default what this rank computes on) and ``hardware`` of
-                :func:`scalemlo.plan`.
-
-        Returns:
-            The plan.
-        """
-        from ..planning.replan import plan_of
-
-        return plan_of(self, world_size, engine, timeout_seconds, options)
+        return self.iteration.scheduler.choices
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint: ``folder/step-000123``, complete or not there. Collective, between outer iterations.
@@ -385,9 +320,9 @@ class Program:
         Returns:
             The folder of this one.
         """
-        self._ticks.require_between_iterations("save()")
-        with self._watchdog.phase(self.num_steps, "save checkpoint"), self._scheduler.resident():
-            return save_checkpoint(self, folder)
+        self.iteration.ticks.require_between_iterations("save()")
+        with self._saving():
+            return save_checkpoint(self.iteration, folder)
 
     def load(self, folder: str | Path) -> Path:
         """Go on from a checkpoint. Collective.
@@ -402,10 +337,16 @@ class Program:
         Returns:
             The checkpoint that was read.
         """
-        with self._scheduler.resident():
-            found = load_checkpoint(self, folder)
-        self._ticks.start_anew()
+        with self.iteration.scheduler.resident():
+            found = load_checkpoint(self.iteration, folder)
+        self.iteration.ticks.start_anew()
         return found
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        watched = self.iteration.watchdog.phase(self.num_steps, "save checkpoint")
+        with watched, self.iteration.scheduler.resident():
+            yield
 
     # ---- small things ----------------------------------------------------------------------------------------------
     @contextmanager

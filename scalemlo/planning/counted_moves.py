@@ -76,7 +76,7 @@ def counted_moves(tracker: MemoryTracker, *, accelerator: bool) -> Iterator[None
 
 def note_away(program: "Program", tracker: MemoryTracker) -> None:
     """Keep with the phase in hand which states are off the device while it runs."""
-    within = program._scheduler.residency
+    within = program.iteration.scheduler.residency
     if within is not None:
         away = {name: float(s.num_bytes) for name, s in within.states.items() if not s.is_resident}
         tracker.phases[-1].away = away

@@ -210,7 +210,7 @@ MOVE_HEADER = ["phase", "moved", "off the device", "peak on it", "states that ar
 """Of :attr:`Plan.move_rows`; moved are both directions, for the phase and before it."""
 
 
-def plan(
+def plan_build(
     build: "Callable[[], Program]",
     *,
     world_size: int,
@@ -265,7 +265,7 @@ def plan(
 
 
 def simulated_layers(num_layers: int) -> int:
-    """How many layers a model is to be made with: ``num_layers``, or fewer inside :func:`plan`."""
+    """How many layers a model is to be made with: ``num_layers``, or fewer inside :func:`plan_build`."""
     return depth.get() or num_layers
 
 
@@ -281,7 +281,7 @@ def _simulate(build: "Callable[[], Program]", world_size: int, accelerator: bool
     try:
         with simulation(world_size, accelerator=accelerator) as tracker:
             program = build()
-            within = program._scheduler.residency
+            within = program.iteration.scheduler.residency
             first, steady = run_iterations(program, tracker)
             return _Simulated(first, steady, None if within is None else within.memory, program.interleaving())
     finally:

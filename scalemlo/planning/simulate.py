@@ -115,14 +115,14 @@ def run_iterations(program: Program, tracker: MemoryTracker) -> tuple[list[Phase
         note_moves(level, name, num_bytes, seconds)
 
     _classify(program, tracker)
-    program._gradients.verification = Verification("off", 1)  # it compares values
+    program.iteration.gradients.verification = Verification("off", 1)  # it compares values
     for trainer in program.trainers.values():
         trainer.is_verified = False
     found = []
     gc.collect()
     gc.freeze()  # the collections before each phase look at what is new
     try:
-        within = program._scheduler.residency
+        within = program.iteration.scheduler.residency
         with (
             # What is moved depends on what a tracker of the program's own measures.
             replayed_derivatives(tracker) if within is None else nullcontext(),
@@ -385,7 +385,7 @@ def _tagging(tracker: MemoryTracker) -> Iterator[None]:
 
 def _classify(program: Program, tracker: MemoryTracker) -> None:
     """Tag all that lives from one iteration to the next, and is on the device."""
-    within = program._scheduler.residency
+    within = program.iteration.scheduler.residency
     for trainer in program.trainers.values():
         for name in states_of(trainer):
             # A view of a fake tensor that was evicted would give its storage the bytes back.

@@ -80,7 +80,7 @@ def test_a_phase_that_ends_in_time_is_let_be():
     def body(rank, world_size):
         program = Problem().program(mlo.Identity(), mlo.DDP())
         program.run(1, progress=False)  # what is slow once
-        program._watchdog = program._gradients._watchdog = Watchdog(3.0)
+        program.iteration.watchdog = program.iteration.gradients._watchdog = Watchdog(3.0)
         for _ in range(2):
             program.run(2, progress=False, callbacks=[lambda program, record: time.sleep(1)])
         return program.num_steps, [t.name for t in threading.enumerate() if "watchdog" in t.name]

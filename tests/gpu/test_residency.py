@@ -38,7 +38,7 @@ def test_a_budget_is_kept_and_bits_are_equal(engine, estimator, tmp_path, monkey
     phases = tight.history.phases.values()
     assert sum(stats.moved_bytes for stats in phases) > 0
     if is_on_accelerator():
-        slots = [state.slot for state in tight._scheduler.residency.states.values() if state.slot is not None]
+        slots = [state.slot for state in tight.iteration.scheduler.residency.states.values() if state.slot is not None]
         assert slots and all(isinstance(slot, HostSlot) and slot._buffer.is_pinned() for slot in slots)
         peak = max(stats.peak_bytes for stats in phases)
         name = f"residency/{engine}/{estimator}"
@@ -58,7 +58,7 @@ def test_what_is_evicted_is_given_back_to_the_allocator(monkeypatch):
     gc.collect()
     torch.accelerator.synchronize()
     held = torch.get_device_module(default_device()).memory_allocated()
-    residency = tight._scheduler.residency
+    residency = tight.iteration.scheduler.residency
     beside = 128 * 2**20  # workspaces of libraries, and the batches
     assert held <= residency.resident_bytes + beside
     assert residency.resident_bytes <= residency.memory.device_bytes

@@ -57,7 +57,7 @@ def test_an_unknown_way_to_verify(tmp_path):
 
 def test_how_to_verify_reaches_the_program(tmp_path):
     made = trainer(tmp_path, verify="always", verify_every=7)
-    assert made.program._gradients.verification.is_due(made.program.trainers["finetune"], 1)
+    assert made.program.iteration.gradients.verification.is_due(made.program.trainers["finetune"], 1)
     assert (made.args.verify, made.args.verify_every) == ("always", 7)
 
 

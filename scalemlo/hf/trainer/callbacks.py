@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
-
-from ...loop.listener import Listener
-
-if TYPE_CHECKING:
-    from .trainer import MLOTrainer
 
 
 class MLOCallback(TrainerCallback):
@@ -103,66 +98,3 @@ class Meter:
             "grad_norm": self.stored["norms"][level],
             "learning_rate": self.stored["rates"][level],
         }
-
-
-class Bridge(Listener):
-    """Turns what a program tells into transformers' events.
-
-    ``should_log``, ``should_evaluate`` and ``should_save`` of a step are kept until the outer iteration ends: between
-    its steps the levels are not at one point.
-
-    Args:
-        trainer: Whose state, control and callbacks.
-    """
-
-    def __init__(self, trainer: MLOTrainer):
-        self._trainer = trainer
-        self.due: set[str] = set()
-
-    def _call_if_heard(self, event: str, **kwargs: Any) -> None:
-        t = self._trainer
-        t.control = t.callback_handler.call_if_heard(event, t.args, t.state, t.control, **kwargs)
-
-    def on_tick_begin(self) -> None:
-        """See :class:`Listener`."""
-        self._trainer._event("on_step_begin")
-
-    def on_micro_batch(self, level: str) -> None:
-        """See :class:`Listener`."""
-        if level == self._trainer.model_level:
-            self._trainer._event("on_substep_end")
-
-    def on_level_gradient(self, level: str, loss: float, norm: float, is_hypergradient: bool) -> None:
-        """See :class:`Listener`."""
-        t = self._trainer
-        t.meter.add(level, loss, norm, float(t.program.trainers[level].optimizer.param_groups[0]["lr"]))
-        if is_hypergradient:
-            self._call_if_heard("on_hypergradient", level=level, norm=norm)
-        if level == t.model_level:
-            t.meter.count(loss)
-            self._trainer._event("on_pre_optimizer_step")
-
-    def on_level_step(self, level: str, loss: float) -> None:
-        """See :class:`Listener`."""
-        if level == self._trainer.model_level:
-            self._trainer._event("on_optimizer_step")
-        self._call_if_heard("on_level_step_end", level=level, loss=loss)
-
-    def on_tick_end(self) -> None:
-        """See :class:`Listener`."""
-        t = self._trainer
-        t.state.global_step += 1
-        t.state.epoch = t.state.global_step / t.steps_per_epoch
-        self._trainer._event("on_step_end")
-        self.note_due()
-
-    def note_due(self) -> None:
-        """Keep what callbacks asked for.
-
-        Raises:
-            ValueError: If one asked for the end of an epoch.
-        """
-        control = self._trainer.control
-        if control.should_epoch_stop:
-            raise ValueError("a callback set should_epoch_stop, which is not supported: use should_training_stop.")
-        self.due |= {name for name in ("log", "evaluate", "save") if getattr(control, f"should_{name}")}

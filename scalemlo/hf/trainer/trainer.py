@@ -30,7 +30,7 @@ from ...loop.listener import Listener
 from ...loop.program import Program
 from ..losses.per_example import Losses
 from .argument_rules import check_left_to_levels
-from .callbacks import Bridge, Meter, MLOCallbackHandler
+from .callbacks import Meter, MLOCallbackHandler
 from .config import MLOConfig
 from .evaluation import Evaluates
 from .hub import Hub
@@ -178,7 +178,7 @@ class MLOTrainer(Evaluates, Saves):
         state.global_step = self.program.num_steps * self._steps_per_iteration  # less where the best one was loaded
         state.max_steps, state.num_train_epochs = self.max_steps, math.ceil(self.max_steps / self.steps_per_epoch)
         state.compute_steps(args, state.max_steps)
-        bridge = Bridge(self)
+        bridge = _Bridge(self)
         self.program.listener, self._bridge, self._last_logged = bridge, bridge, state.global_step
         first_step, start = state.global_step, time.time()
         self.callback_handler.train_dataloader = self.program.trainers[self.model_level].level.data
@@ -266,3 +266,66 @@ class MLOTrainer(Evaluates, Saves):
     def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
         """Remove a callback and return it; None if it is not there."""
         return self.callback_handler.pop_callback(callback)
+
+
+class _Bridge(Listener):
+    """Turns what a program tells into transformers' events.
+
+    ``should_log``, ``should_evaluate`` and ``should_save`` of a step are kept until the outer iteration ends: between
+    its steps the levels are not at one point.
+
+    Args:
+        trainer: Whose state, control and callbacks.
+    """
+
+    def __init__(self, trainer: MLOTrainer):
+        self._trainer = trainer
+        self.due: set[str] = set()
+
+    def _call_if_heard(self, event: str, **kwargs: Any) -> None:
+        t = self._trainer
+        t.control = t.callback_handler.call_if_heard(event, t.args, t.state, t.control, **kwargs)
+
+    def on_tick_begin(self) -> None:
+        """See :class:`Listener`."""
+        self._trainer._event("on_step_begin")
+
+    def on_micro_batch(self, level: str) -> None:
+        """See :class:`Listener`."""
+        if level == self._trainer.model_level:
+            self._trainer._event("on_substep_end")
+
+    def on_level_gradient(self, level: str, loss: float, norm: float, is_hypergradient: bool) -> None:
+        """See :class:`Listener`."""
+        t = self._trainer
+        t.meter.add(level, loss, norm, float(t.program.trainers[level].optimizer.param_groups[0]["lr"]))
+        if is_hypergradient:
+            self._call_if_heard("on_hypergradient", level=level, norm=norm)
+        if level == t.model_level:
+            t.meter.count(loss)
+            self._trainer._event("on_pre_optimizer_step")
+
+    def on_level_step(self, level: str, loss: float) -> None:
+        """See :class:`Listener`."""
+        if level == self._trainer.model_level:
+            self._trainer._event("on_optimizer_step")
+        self._call_if_heard("on_level_step_end", level=level, loss=loss)
+
+    def on_tick_end(self) -> None:
+        """See :class:`Listener`."""
+        t = self._trainer
+        t.state.global_step += 1
+        t.state.epoch = t.state.global_step / t.steps_per_epoch
+        self._trainer._event("on_step_end")
+        self.note_due()
+
+    def note_due(self) -> None:
+        """Keep what callbacks asked for.
+
+        Raises:
+            ValueError: If one asked for the end of an epoch.
+        """
+        control = self._trainer.control
+        if control.should_epoch_stop:
+            raise ValueError("a callback set should_epoch_stop, which is not supported: use should_training_stop.")
+        self.due |= {name for name in ("log", "evaluate", "save") if getattr(control, f"should_{name}")}

@@ -1,10 +1,8 @@
 """The plan of a run, made while it runs: in a process of its own that gives way to the run's, and ends with it."""
 
-import ctypes
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +62,7 @@ class PlanBeside:
             "parent": os.getpid(),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", f"{__package__}.plan_process"],
             stdin=subprocess.PIPE,
             stdout=self._said,
             stderr=self._said,
@@ -102,47 +100,3 @@ class PlanBeside:
 def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
-
-
-def main() -> None:
-    """Make the plan that the parent asks for on the standard input."""
-    os.nice(19)
-    asked = json.load(sys.stdin)
-    _end_with_parent(asked["parent"])
-    from omegaconf import OmegaConf
-
-    from ...planning.plan import plan
-    from ...planning.simulate import pretrained_depth
-    from ...runs import config as cfg
-    from .. import CONFIGS, RECIPES
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        OmegaConf.save(OmegaConf.create(asked["config"]), file.name)
-        config = cfg.load(file.name, [], CONFIGS)
-
-    def build() -> Any:
-        return RECIPES[config.recipe].build(config)
-
-    found = plan(
-        build,
-        world_size=asked["world_size"],
-        accelerator=asked["accelerator"],
-        num_layers=pretrained_depth(build),
-    )
-    path = Path(asked["path"])
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(found.as_dict() | {"program": asked["program"]}, indent=2) + "\n")
-    os.replace(unfinished, path)
-
-
-def _end_with_parent(parent: int) -> None:
-    """Be killed when the run's process ends, however it does; Linux alone knows how."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG, see prctl(2)
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the run has ended")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ..distributed.group import world_size
-from .plan import Plan, plan
+from ..distributed import group
+from ..engines import EngineSpec
+from ..loop.program import Program
+from .plan import Plan, plan_build
 
 if TYPE_CHECKING:
-    from ..engines import Engine, EngineSpec
+    from ..engines import Engine
     from ..loop.level_trainer import LevelTrainer
-    from ..loop.program import Program
 
 _NOT_OF_DERIVATIVES = ("training", "gradient_checkpointing", "config")
 """What a skeleton has otherwise than the live module, as double derivatives want it (attention, checkpointing)."""
@@ -34,32 +35,56 @@ _kept: list[Any] = []
 """Groups and stores of the parent, which must not be destroyed in the child."""
 
 
-def plan_of(
-    program: "Program",
-    num_ranks: int | None,
-    engine: "EngineSpec | None",
-    timeout_seconds: float | None,
-    options: Mapping[str, Any],
+def plan(
+    program: Program | Callable[[], Program],
+    *,
+    world_size: int | None = None,
+    engine: EngineSpec | None = None,
+    timeout_seconds: float | None = 600.0,
+    **options: Any,
 ) -> Plan:
-    """Plan a program like the given one; this one stays as it is.
+    """What one outer iteration takes per rank at any world size, without data, launcher or GPU.
+
+    A function that builds a program is run under the simulation, so that models which it makes from a configuration
+    have no weights: that is how programs are planned that are too large for this machine. A program that has been built
+    is planned in a fork of this process and stays as it is.
 
     Args:
-        program: Built, in any state.
-        num_ranks: Of the plan; None for those that run.
-        engine: In the place of the levels' own.
-        timeout_seconds: How long to wait for it; None for ever.
-        options: For :func:`~.plan.plan`.
+        program: It, or what builds it.
+        world_size: Number of ranks; by default, of a built program, of those that run.
+        engine: Of a built program, in the place of every level's own; :class:`Single` has no plan for several ranks.
+        timeout_seconds: A fork that has no plan by then is ended, with a ``ValueError``; None waits for ever.
+        **options: ``device_memory``, ``hardware``, ``accelerator`` (by default, of a built program, what this rank
+            computes on) and ``num_layers`` of :func:`.plan.plan_build`.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: What the plan raises; where processes cannot be forked, or the fork fails or takes too long.
+        ValueError: What the program itself raises on so many ranks; an engine that cannot be simulated; where
+            processes cannot be forked, or the fork fails or takes too long.
     """
+    if isinstance(program, Program):
+        return _of_built(program, world_size, engine, timeout_seconds, options)
+    if world_size is None or engine is not None:
+        raise ValueError(
+            "mlo.plan(build, ...) needs world_size=, and takes the engines that build gives its levels: "
+            f"world_size={world_size!r}, engine={engine!r}."
+        )
+    return plan_build(program, world_size=world_size, **options)
+
+
+def _of_built(
+    program: Program,
+    num_ranks: int | None,
+    engine: EngineSpec | None,
+    timeout_seconds: float | None,
+    options: Mapping[str, Any],
+) -> Plan:
     instead = "Plan from a function that builds the program instead: mlo.plan(build, ...)."
     if "fork" not in multiprocessing.get_all_start_methods():
-        raise ValueError(f"program.plan() forks this process, which this system cannot. {instead}")
-    ranks = world_size() if num_ranks is None else num_ranks
+        raise ValueError(f"mlo.plan(program) forks this process, which this system cannot. {instead}")
+    ranks = group.world_size() if num_ranks is None else num_ranks
     options = {"world_size": ranks, "accelerator": program.device.type != "cpu", **options}
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -88,11 +113,11 @@ def plan_of(
     raise ValueError(said if is_users else f"this program cannot be planned as it is: {said}. {instead}")
 
 
-def _in_child(answer: Any, program: "Program", engine: "EngineSpec | None", options: Mapping[str, Any]) -> None:
+def _in_child(answer: Any, program: Program, engine: EngineSpec | None, options: Mapping[str, Any]) -> None:
     try:
         torch.set_num_threads(1)  # a pool of OpenMP does not survive a fork
         _forget_group()
-        answer.send(plan(lambda: _again(program, engine), **options))
+        answer.send(plan_build(lambda: _again(program, engine), **options))
     except ValueError as error:
         answer.send((True, str(error)))
     except Exception as error:
@@ -109,7 +134,7 @@ def _forget_group() -> None:
             dist.destroy_process_group()
 
 
-def _again(program: "Program", spec: "EngineSpec | None") -> "Program":
+def _again(program: Program, spec: EngineSpec | None) -> Program:
     """The program once more, from its own levels, on the tensors that are made where this runs."""
     structures: dict[int, nn.Module] = {}
     for trainer in program.trainers.values():
@@ -128,9 +153,7 @@ def _again(program: "Program", spec: "EngineSpec | None") -> "Program":
             level.scheduler = None  # of the live optimizer; changes no size
         if isinstance(level.data, DataLoader):
             level.data.num_workers = 0  # workers that wait are the parent's
-    from ..loop.program import Program
-
-    within = program._scheduler.residency
+    within = program.iteration.scheduler.residency
     return Program(program.graph.levels, memory=None if within is None else within.memory)
 
 
