@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import scalemlo as mlo
 from scalemlo.checkpoint import weight_files
-from scalemlo.checkpoint.export import to_full, to_hf
+from scalemlo.checkpoint.export import to_full
 from scalemlo.cli.main import main
+from scalemlo.hf.models.export import to_hf
 from scalemlo.hf.models.saving import save_pretrained
 from tests.problems import gpt2_tied, llama, mlp, token_batch
 from tests.ranks import run_ranks

@@ -25,7 +25,8 @@ def run(options: Namespace) -> int:
     """Convert."""
     if options.to == "full":
         refuse_idle(options, ("level", "base"), "with --to full, which writes all levels")
-    from ..checkpoint.export import to_full, to_hf
+    from ..checkpoint.export import to_full
+    from ..hf.models.export import to_hf
 
     if options.to == "full":
         to_full(options.source, options.target, max_shard_bytes=options.max_shard_bytes)
