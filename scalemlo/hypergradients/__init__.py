@@ -1,5 +1,8 @@
 """Estimators of the hypergradient."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import (
     CurvatureHypergradient,
     Hypergradient,
@@ -16,27 +19,15 @@ from .neumann import Neumann
 from .nystrom import Nystrom
 from .penalty import Penalty
 from .penalty_free import PBGDFree
+from .registry import ESTIMATORS, estimator, estimator_of
 from .reinforce import Reinforce
 from .sama import SAMA
 from .soba import SOBA
 from .unrolled import Unrolled
 from .zeroth_order import ZerothOrder
 
-ESTIMATORS: dict[str, type[Hypergradient]] = {
-    "identity": Identity,
-    "sama": SAMA,
-    "neumann": Neumann,
-    "conjugate_gradient": ConjugateGradient,
-    "nystrom": Nystrom,
-    "soba": SOBA,
-    "penalty": Penalty,
-    "pbgd_free": PBGDFree,
-    "unrolled": Unrolled,
-    "forward_gradient": ForwardGradient,
-    "zeroth_order": ZerothOrder,
-    "reinforce": Reinforce,
-}
-"""Estimator by the name configurations use."""
+for _module in iter_modules(__path__):  # a new file registers its estimators without an entry here
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "ESTIMATORS",
@@ -59,4 +50,6 @@ __all__ = [
     "Unrolled",
     "UnrollingHypergradient",
     "ZerothOrder",
+    "estimator",
+    "estimator_of",
 ]

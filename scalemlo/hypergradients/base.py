@@ -122,6 +122,9 @@ class LowerProblem(Protocol):
 class Hypergradient(ABC):
     """How upper levels differentiate through a lower level: an estimator of one hop."""
 
+    citation: ClassVar[str] = ""
+    """Authors, year and title of its source, for model cards."""
+
     needs_gradient: ClassVar[bool] = False
     """Whether it asks for the gradient of the lower level's next step."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..distributed.shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
+from .registry import estimator
 from .solver import Matvec, rounding
 
 
@@ -83,6 +84,7 @@ def _residual(matvec: Matvec, v: Shards, s: Shards, damping: float) -> Shards:
     return matvec(s).mul_(-1.0).add_(s, alpha=-damping).add_(v)
 
 
+@estimator("conjugate_gradient", citation="Pedregosa 2016, Hyperparameter Optimization with Approximate Gradient")
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradient(CurvatureHypergradient):
     """``s(v) = (H + damping I)^-1 v`` by conjugate gradients, started at zero.

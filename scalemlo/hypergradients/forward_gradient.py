@@ -13,8 +13,13 @@ from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 from .fields import require_count
 from .random_directions import along, rademacher
+from .registry import estimator
 
 
+@estimator(
+    "forward_gradient",
+    citation="Shen et al. 2024, Memory-Efficient Gradient Unrolling for Large-Scale Bi-level Optimization",
+)
 @dataclass(frozen=True, kw_only=True)
 class ForwardGradient(UnrollingHypergradient):
     """FG2U: an unbiased estimate of the unrolled hypergradient from M directional derivatives.

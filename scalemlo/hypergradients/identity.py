@@ -4,8 +4,13 @@ from dataclasses import dataclass
 
 from ..distributed.shards import Shards
 from .base import ImplicitHypergradient, LowerProblem, Result, Status
+from .registry import estimator
 
 
+@estimator(
+    "identity",
+    citation="Luketina et al. 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters",
+)
 @dataclass(frozen=True, kw_only=True)
 class Identity(ImplicitHypergradient):
     """``s(v) = v``: the direction of differentiating through one plain gradient step of the lower level.

@@ -6,6 +6,7 @@ from typing import Literal
 from ..distributed.shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
+from .registry import estimator
 from .solver import Matvec
 from .update_derivative import update_derivatives
 
@@ -56,6 +57,9 @@ def neumann_series(
     return Result(s, status, num_products, num_products, residual)
 
 
+@estimator(
+    "neumann", citation="Lorraine et al. 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation"
+)
 @dataclass(frozen=True, kw_only=True)
 class Neumann(CurvatureHypergradient):
     """``s(v) = a sum_{k=0}^{K-1} (I - a H)^k v``: differentiating through K steps of gradient descent at one point.

@@ -12,6 +12,7 @@ from ..distributed.shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
 from .random_directions import gaussian
+from .registry import estimator
 from .solver import Matvec, rounding
 
 
@@ -120,6 +121,9 @@ def _append_orthogonal(basis: list[Shards], y: Shards, column: Tensor, eps: floa
         basis.append(y.mul_(1.0 / left))
 
 
+@estimator(
+    "nystrom", citation="Hataya and Yamada 2023, Nyström Method for Accurate and Scalable Implicit Differentiation"
+)
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(CurvatureHypergradient):
     """``s(v) = (H_k + damping I)^-1 v``, with H_k the Nystrom approximation of rank k of the Hessian.

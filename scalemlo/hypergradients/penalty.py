@@ -10,8 +10,10 @@ from ..distributed.shards import Shards
 from ..engines.base import ParameterBlock
 from .base import Hypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
+from .registry import estimator
 
 
+@estimator("penalty", citation="Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization")
 @dataclass(frozen=True, kw_only=True)
 class Penalty(Hypergradient):
     """The fully first-order method: the value function's gradient, by a second copy of the lower weights.

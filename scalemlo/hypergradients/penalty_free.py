@@ -6,8 +6,13 @@ from typing import ClassVar
 from ..distributed.shards import Shards
 from .base import Hypergradient, LowerProblem, Result, Status
 from .fields import require_number
+from .registry import estimator
 
 
+@estimator(
+    "pbgd_free",
+    citation="Jiang et al. 2025, Beyond Value Functions: Single-Loop Bilevel Optimization under Flatness Conditions",
+)
 @dataclass(frozen=True, kw_only=True)
 class PBGDFree(Hypergradient):
     """The lower level follows ``L + F / penalty``; the hypergradient is the direct gradient ``dF/dlambda`` alone.

@@ -12,8 +12,13 @@ from ..distributed.group import world_size
 from ..distributed.shards import Shards
 from ..ops import ScoreTape
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
+from .registry import estimator
 
 
+@estimator(
+    "reinforce",
+    citation="Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
+)
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(UnrollingHypergradient):
     """REINFORCE: the lower loss draws with :func:`scalemlo.sample`, and draws that did well become more likely.

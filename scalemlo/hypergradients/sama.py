@@ -5,9 +5,11 @@ from typing import ClassVar
 
 from ..distributed.shards import Shards
 from .base import ImplicitHypergradient, LowerProblem, Result, Status
+from .registry import estimator
 from .update_derivative import update_derivatives
 
 
+@estimator("sama", citation="Choe et al. 2023, Making Scalable Meta Learning Practical")
 @dataclass(frozen=True, kw_only=True)
 class SAMA(ImplicitHypergradient):
     """``s(v) = D v`` with ``D = du/dg``, the derivative of the lower optimizer's next update by its gradient.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..distributed.shards import Shards
 from .base import CurvatureHypergradient, LowerProblem, Result, Status
 from .fields import require_count, require_number
+from .registry import estimator
 from .solver import Matvec
 
 DIVERGED_AT = 100.0
@@ -37,6 +38,11 @@ def gradient_steps(matvec: Matvec, v: Shards, start: Shards, *, step_size: float
     return Result(s, Status.DIVERGED if diverged else Status.DONE, num_steps, num_steps, relative)
 
 
+@estimator(
+    "soba",
+    citation="Dagréou et al. 2022, A Framework for Bilevel Optimization that Enables Stochastic and Global Variance "
+    "Reduction Algorithms",
+)
 @dataclass(frozen=True, kw_only=True)
 class SOBA(CurvatureHypergradient):
     """``s <- s - step_size (H s - v)``, starting from the s of the solve before.

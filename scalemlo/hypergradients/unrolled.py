@@ -13,8 +13,12 @@ from ..derivatives.trajectory import LevelState, RecordedStep, clipping_factor
 from ..derivatives.update_rules import State, UpdateRule
 from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
+from .registry import estimator
 
 
+@estimator(
+    "unrolled", citation="Franceschi et al. 2017, Forward and Reverse Gradient-Based Hyperparameter Optimization"
+)
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(UnrollingHypergradient):
     """Reverse mode through the last K steps of the lower level's optimizer, clipping included.

@@ -7,8 +7,14 @@ from ..distributed.shards import Shards
 from .base import LowerProblem, Result, Status, UnrollingHypergradient
 from .fields import require_count, require_number
 from .random_directions import along, rademacher
+from .registry import estimator
 
 
+@estimator(
+    "zeroth_order",
+    citation="Spall 1992, Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient "
+    "Approximation",
+)
 @dataclass(frozen=True, kw_only=True)
 class ZerothOrder(UnrollingHypergradient):
     """Differences of the upper loss after lower steps with upper parameters moved to and fro.

@@ -1,1 +1,5 @@
 """Per-example losses of language models."""
+
+from .next_token import example_losses
+
+__all__ = ["example_losses"]

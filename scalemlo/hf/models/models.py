@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from scalemlo.hf.data.tokenizing import ensure_pad_token
-from scalemlo.runs.assets import resolve_model
+from ...runs.assets import resolve_model
+from ..data.tokenizing import ensure_pad_token
 
 DTYPES: dict[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 

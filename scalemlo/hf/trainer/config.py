@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from ...distributed import group as distributed
 from ...engines import EngineSpec
-from ...hypergradients import ESTIMATORS, Hypergradient
+from ...hypergradients import Hypergradient, estimator_of
 from ...loop.verification import VERIFY
 from .argument_rules import check_arguments
 from .engine_choice import choose_engine
@@ -143,30 +142,9 @@ class MLOConfig(TrainingArguments):
         return choose_engine(self)
 
     def build_hypergradient(self) -> Hypergradient:
-        """The estimator.
-
-        Raises:
-            ValueError: If its name or an option is unknown.
-        """
-        given: Any = self.hypergradient
+        """The estimator."""
         options: Any = self.hypergradient_options  # a dict: __post_init__ has read it
-        if isinstance(given, Hypergradient):
-            if options:
-                raise ValueError(f"hypergradient_options={options!r}: put them into hypergradient={given!r}.")
-            return given
-        if given not in ESTIMATORS:
-            raise ValueError(
-                f"hypergradient={given!r} is unknown; choose one of {sorted(ESTIMATORS)}, or an estimator."
-            )
-        known = [f.name for f in dataclasses.fields(ESTIMATORS[given])]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ValueError(f"hypergradient_options: {unknown} are unknown to {given!r}; its options are {known}.")
-        needed = [f.name for f in dataclasses.fields(ESTIMATORS[given]) if _has_no_default(f)]
-        missing = [name for name in needed if name not in options]
-        if missing:
-            raise ValueError(f"hypergradient={given!r} needs hypergradient_options with {missing}: it has no default.")
-        return ESTIMATORS[given](**options)
+        return estimator_of(self.hypergradient, options)
 
     def build_optimizer(self) -> partial:
         """A function from parameters to the fine-tuned model's optimizer."""
@@ -308,10 +286,6 @@ def _check_counts(args: MLOConfig, *names: str) -> None:
         value = getattr(args, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-
-
-def _has_no_default(option: dataclasses.Field) -> bool:
-    return option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
 
 
 def _from_command_line(value: Any) -> Any:

@@ -10,25 +10,6 @@ import yaml
 
 from ...reporting.tables import markdown_table
 
-CITATIONS: Mapping[str, str] = {
-    "Identity": "Luketina et al. 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters",
-    "SAMA": "Choe et al. 2023, Making Scalable Meta Learning Practical",
-    "Neumann": "Lorraine et al. 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation",
-    "ConjugateGradient": "Pedregosa 2016, Hyperparameter Optimization with Approximate Gradient",
-    "Nystrom": "Hataya and Yamada 2023, Nyström Method for Accurate and Scalable Implicit Differentiation",
-    "SOBA": "Dagréou et al. 2022, A Framework for Bilevel Optimization that Enables Stochastic and Global Variance "
-    "Reduction Algorithms",
-    "Penalty": "Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization",
-    "PBGDFree": "Jiang et al. 2025, Beyond Value Functions: Single-Loop Bilevel Optimization under Flatness Conditions",
-    "Unrolled": "Franceschi et al. 2017, Forward and Reverse Gradient-Based Hyperparameter Optimization",
-    "ForwardGradient": "Shen et al. 2024, Memory-Efficient Gradient Unrolling for Large-Scale Bi-level Optimization",
-    "ZerothOrder": "Spall 1992, Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient "
-    "Approximation",
-    "Reinforce": "Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement "
-    "Learning",
-}
-"""Paper by the class of an estimator; see docs/papers.md for what differs from it."""
-
 _PACKAGES = ("scalemlo", "transformers", "peft", "torch")
 
 
@@ -69,9 +50,8 @@ def model_card(
     }
     papers = []
     for level, estimator in estimators.items():
-        kind = type(estimator).__name__
         papers.append(
-            f"- level `{level}`: `{estimator!r}`. {getattr(estimator, 'citation', None) or CITATIONS.get(kind, kind)}"
+            f"- level `{level}`: `{estimator!r}`. {vars(type(estimator)).get('citation') or type(estimator).__name__}"
         )
     sections = {
         "Hypergradient": "\n".join(papers),

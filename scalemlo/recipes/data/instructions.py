@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypedDict
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from scalemlo.hf.data.collate import has_target
-from scalemlo.hf.losses.next_token import IGNORE_INDEX
-from scalemlo.runs.assets import fetch, known_assets
+from ...hf.data.collate import has_target
+from ...hf.losses.next_token import IGNORE_INDEX
+from ...runs.assets import fetch, known_assets
 
 logger = logging.getLogger(__name__)
 
