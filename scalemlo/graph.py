@@ -189,7 +189,9 @@ class LevelGraph:
     def _read_signature(self, level: Level) -> None:
         position = {name: i for i, name in enumerate(self._levels)}
         self._reads_batch[level.name] = False
-        for parameter in inspect.signature(level.loss, eval_str=True).parameters.values():
+        for parameter in inspect.signature(level.loss_function, eval_str=True).parameters.values():
+            if parameter.name == level.name and level.reads_itself:
+                continue
             if parameter.name == "batch":
                 self._reads_batch[level.name] = True
                 continue

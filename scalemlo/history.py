@@ -51,7 +51,7 @@ class PhaseStats:
         }
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """Record of a run, on every rank.
 
@@ -78,6 +78,23 @@ class History:
     def column(self, key: str) -> list[float]:
         """One value per outer iteration, for those that have it."""
         return [row[key] for row in self.steps if key in row]
+
+    def to_pandas(self) -> Any:
+        """The steps as a ``pandas.DataFrame``: one row per outer iteration, with its number as index.
+
+        Raises:
+            ImportError: Without pandas, with the command that installs it.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("History.to_pandas() needs pandas: pip install pandas") from error
+        return pd.DataFrame(self.steps).set_index("step") if self.steps else pd.DataFrame()
+
+    def __repr__(self) -> str:
+        last = self.steps[-1] if self.steps else {}
+        losses = ", ".join(f"{key} {value:.4g}" for key, value in last.items() if key.startswith("loss/"))
+        return f"History of {len(self.steps)} outer iterations{': ' if losses else ''}{losses}"
 
     @contextmanager
     def phase(self, level: str, name: str, device: torch.device) -> Iterator[None]:

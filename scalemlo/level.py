@@ -1,18 +1,18 @@
 """A level: one optimization problem of a multilevel program."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-if TYPE_CHECKING:
-    from .engines import EngineSpec
-    from .hypergradients import Hypergradient
+from .engines import EngineSpec, engine_of
+from .hypergradients import Hypergradient, estimator_of
 
 OptimizerLike = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
@@ -21,8 +21,16 @@ SchedulerLike = LRScheduler | Callable[[Optimizer], LRScheduler]
 class Level:
     """One optimization problem: minimise ``loss`` over some parameters, given the other levels' modules.
 
-    Subclass it and write ``loss``. Its parameter named ``batch`` receives this rank's part of a batch of ``data``;
-    every other parameter is the name of another level and receives that level's module. Reading a level that stands
+    Give a function as ``loss``, or subclass and write it as a method. Its parameter named ``batch`` receives this
+    rank's part of a batch of ``data``; every other parameter is the name of a level and receives that level's module,
+    its own included, which a method finds as ``self.module``::
+
+        def fit(batch, weights, model):
+            return mlo.weighted_mean(losses(model, batch), weights(batch))
+
+        mlo.Level("model", net, loss=fit, data=loader, optimizer=partial(torch.optim.AdamW, lr=1e-4))
+
+    Reading a level that stands
     above makes it an upper level of this one; reading one that stands below makes this loss depend on its best
     response. Which is which follows from the order of the levels in the program, or from annotations
     (``rater: mlo.Upper``, ``student: mlo.Lower``).
@@ -30,6 +38,7 @@ class Level:
     Args:
         name: Python identifier by which other losses read this level.
         module: Holds the parameters. Levels may share one module, each owning some of its parameters.
+        loss: The loss as a function, with a parameter of the level's own name; not for subclasses with a method.
         data: Iterable of batches (tensors, tuples, dicts, ``BatchEncoding``), usually a ``DataLoader``, iterated again
             and again. Its batches are global: with W processes each computes on 1/W of every batch. Not needed where
             ``loss`` has no parameter ``batch``.
@@ -43,8 +52,9 @@ class Level:
         gradient_accumulation_steps: Batches per step; loss and hypergradient are means over all of them.
         max_grad_norm: Clip the gradient to this norm before each step.
         hypergradient: How the levels above differentiate through this one; by default
-            :class:`scalemlo.Identity`.
-        engine: Overrides the program's engine for this level's module.
+            :class:`scalemlo.Identity`. A name of :data:`scalemlo.hypergradients.ESTIMATORS` (``"neumann"``) stands for
+            that estimator with its defaults.
+        engine: Overrides the program's engine for this level's module; also by name (``"fsdp"``, ``"zero3"``).
         allow_unused: Whether a batch may leave some parameters without a gradient (mixtures of experts do); they get
             zeros. Otherwise that is an error that names them.
 
@@ -57,6 +67,7 @@ class Level:
         name: str,
         module: nn.Module,
         *,
+        loss: Callable[..., Tensor] | None = None,
         data: Iterable | None = None,
         optimizer: OptimizerLike,
         scheduler: SchedulerLike | None = None,
@@ -64,8 +75,8 @@ class Level:
         unroll_steps: int = 1,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
-        hypergradient: "Hypergradient | None" = None,
-        engine: "EngineSpec | None" = None,
+        hypergradient: Hypergradient | str | None = None,
+        engine: EngineSpec | str | None = None,
         allow_unused: bool = False,
     ):
         if not name.isidentifier() or iskeyword(name) or name in ("self", "batch"):
@@ -85,6 +96,7 @@ class Level:
                 f"level {name!r}: optimizer must be a torch optimizer or a function of the parameters, "
                 f"got {type(optimizer).__name__}."
             )
+        self._function = _checked_function(loss, self, name)
         self.name = name
         self.data = data
         self.optimizer = optimizer
@@ -93,8 +105,8 @@ class Level:
         self.unroll_steps = unroll_steps
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.max_grad_norm = max_grad_norm
-        self.hypergradient = hypergradient
-        self.engine = engine
+        self.hypergradient = _named(estimator_of, hypergradient, name)
+        self.engine = _named(engine_of, engine, name)
         self.allow_unused = allow_unused
         self._module = module
         self._view: Any = None
@@ -118,6 +130,28 @@ class Level:
             NotImplementedError: Unless a subclass defines it.
         """
         raise NotImplementedError(f"level {self.name!r}: define loss(self, batch, ...) in {type(self).__name__}.")
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """What the user wrote: the function, or the method of a subclass."""
+        return self.loss if self._function is None else self._function
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the level's module is an argument of its loss."""
+        return self._function is not None
+
+    def run_loss(self, arguments: dict[str, Any]) -> Tensor:
+        """The loss on a batch.
+
+        Args:
+            arguments: The batch and the other levels' modules, by the names of the parameters.
+
+        Returns:
+            What the loss returned.
+        """
+        own = {self.name: self.module} if self.reads_itself else {}
+        return self.loss_function(**arguments, **own)
 
     def owned_parameters(self) -> list[str]:
         """Canonical names of the parameters this level trains.
@@ -148,6 +182,35 @@ class Level:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {type(self._module).__name__})"
+
+
+def _checked_function(loss: Any, level: Level, name: str) -> Callable[..., Tensor] | None:
+    has_method = type(level).loss is not Level.loss
+    if loss is None:
+        if not has_method:
+            raise ValueError(
+                f"level {name!r} has no loss: give loss=f, a function of the batch and of levels by name, {name!r} among "
+                "them, or define loss(self, batch, ...) in a subclass of Level."
+            )
+        return None
+    if has_method:
+        raise ValueError(f"level {name!r}: {type(level).__name__} has a loss of its own; take loss= out.")
+    if not callable(loss):
+        raise ValueError(f"level {name!r}: loss must be a function, got {loss!r}.")
+    parameters = list(inspect.signature(loss).parameters)
+    if name not in parameters:
+        raise ValueError(
+            f"loss({', '.join(parameters)}) of level {name!r} has no parameter {name!r}, by which it is given its "
+            "module: a module that comes another way is not seen by the engine."
+        )
+    return loss
+
+
+def _named(make: Callable[[Any], Any], given: Any, name: str) -> Any:
+    try:
+        return None if given is None else make(given)
+    except ValueError as error:
+        raise ValueError(f"level {name!r}: {error}") from None
 
 
 def check_loss(value: Any, level: str) -> Tensor:

@@ -216,5 +216,5 @@ def test_options_out_of_range(options, message):
 
 
 def test_loss_must_be_written():
-    with pytest.raises(ValueError, match="'alone': loss must name the levels"):  # the base class's own has *levels
-        mlo.LevelGraph([mlo.Level("alone", nn.Linear(1, 1), optimizer=partial(torch.optim.SGD, lr=0.1))])
+    with pytest.raises(ValueError, match="'alone' has no loss: give loss=f"):
+        mlo.Level("alone", nn.Linear(1, 1), optimizer=partial(torch.optim.SGD, lr=0.1))

@@ -15,7 +15,7 @@ from ..level import Level
 _NUMBERS = itertools.count()
 _OF_SCALEMLO = frozenset(
     ("name", "data", "optimizer", "scheduler", "parameters", "unroll_steps", "gradient_accumulation_steps")
-    + ("max_grad_norm", "hypergradient", "engine", "allow_unused", "_module", "_view")
+    + ("max_grad_norm", "hypergradient", "engine", "allow_unused", "_module", "_view", "_function")
 )
 
 
@@ -33,7 +33,7 @@ class StepEntry:
 
     def __init__(self, level: Level, engines: Sequence[Engine]):
         self._modules = [engine.module for engine in engines]
-        self._functions: list[Callable] = [level.loss]
+        self._functions: list[Callable] = [level.loss_function]
         self._level = level
         self._found = self._look()
         self.number = next(_NUMBERS)

@@ -131,7 +131,7 @@ class LevelTrainer:
         try:
             with self._lender.lent(batch) as lent:
                 arguments = {"batch": lent, **views} if self.stream else views
-                return check_loss(self.level.loss(**arguments), self.name)
+                return check_loss(self.level.run_loss(arguments), self.name)
         except Exception as error:
             error.add_note(f"in the loss of level {self.name!r}")
             raise
@@ -226,10 +226,17 @@ class LevelTrainer:
 
     @contextmanager
     def _leaving_one_trace(self) -> Iterator[None]:
-        """Context of a live pass: the first of a step leaves behind what it does, others leave nothing."""
+        """Context of a live pass: the first of a step leaves behind what it does, others leave nothing.
+
+        A pass that ends in an error, as where ghost products turn out not to apply, was none.
+        """
         entry = self.entry
         with entry.replayed() if self._has_run else nullcontext():
-            yield
+            try:
+                yield
+            except BaseException:
+                entry.put_back()
+                raise
         self._has_run = True
 
     def _backward(self, loss: Tensor, scale: float, engines: Sequence[Engine]) -> None:

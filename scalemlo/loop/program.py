@@ -1,11 +1,12 @@
 """The program: levels bound to engines, and the loop that trains them."""
 
+import difflib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +15,7 @@ from ..checkpoint import Checkpointing, load_checkpoint, save_checkpoint, saving
 from ..distributed.group import any_rank, is_main_process
 from ..distributed.shards import Shards
 from ..distributed.watchdog import Watchdog
-from ..engines import EngineSpec, ModuleView
+from ..engines import EngineSpec, ModuleView, engine_of
 from ..graph import LevelGraph
 from ..history import History
 from ..level import Level
@@ -23,6 +24,7 @@ from ..memory.phases import states_of
 from .iteration import Iteration
 from .level_trainer import LevelTrainer
 from .listener import Listener
+from .summary import table_of
 from .verification import VERIFY, Verification, Verify
 
 Callback = Callable[["Program", dict[str, float]], None]
@@ -43,7 +45,7 @@ class Program:
     Args:
         levels: Top to bottom (see :class:`LevelGraph`).
         engine: How modules are held, unless a level says otherwise; by default :class:`Single` in one process and
-            :class:`DDP` in several.
+            :class:`DDP` in several. Also by name: ``"fsdp"``, ``"zero3"``.
         seed: Seeds shuffling and dropout. With the same seed and the same global batches, W processes follow one.
         nonfinite: What to do when a loss, gradient or hypergradient is NaN or infinite: ``"raise"`` an error naming
             level, step and phase, or ``"skip"`` all updates of that tick and count it in ``history.skipped``.
@@ -67,7 +69,7 @@ class Program:
         self,
         levels: Sequence[Level],
         *,
-        engine: EngineSpec | None = None,
+        engine: EngineSpec | str | None = None,
         seed: int = 0,
         nonfinite: Literal["raise", "skip"] = "raise",
         device: torch.device | None = None,
@@ -84,7 +86,7 @@ class Program:
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'skip'.")
         self.iteration = Iteration(
             levels,
-            engine=engine,
+            engine=None if engine is None else engine_of(engine),
             seed=seed,
             nonfinite=nonfinite,
             device=device,
@@ -96,6 +98,28 @@ class Program:
         self._stop = self._is_done = False
 
     # ---- what there is ---------------------------------------------------------------------------------------------
+    @property
+    def levels(self) -> list[Level]:
+        """The levels, upper ones first."""
+        return self.graph.levels
+
+    def __getitem__(self, name: str) -> Level:
+        for level in self.levels:
+            if level.name == name:
+                return level
+        close = difflib.get_close_matches(name, self.trainers, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"there is no level {name!r}; levels are {list(self.trainers)}.{hint}")
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self.levels)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.trainers)
+
+    def __repr__(self) -> str:
+        return f"Program, after {self.num_steps} outer iterations, on {self.device}:\n{table_of(self.iteration)}"
+
     @property
     def graph(self) -> LevelGraph:
         """Who stands above whom, and which gradient passes through which level."""
@@ -257,13 +281,21 @@ class Program:
         finally:
             engine.module.train(training)
 
-    def state_dict(self, level: str, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
+    @overload
+    def state_dict(self, level: str, *, trainable_only: bool = False) -> dict[str, torch.Tensor]: ...
+
+    @overload
+    def state_dict(self, level: None = None, *, trainable_only: bool = False) -> dict[str, dict[str, torch.Tensor]]: ...
+
+    def state_dict(self, level: str | None = None, *, trainable_only: bool = False) -> dict[str, Any]:
         """Full tensors of a level's module on the CPU of rank 0, empty elsewhere. Collective.
 
         Args:
-            level: Name of the level.
+            level: Name of the level; without one, those of all levels are returned, by the level's name.
             trainable_only: Whether to leave frozen parameters and buffers out.
         """
+        if level is None:
+            return {name: self.state_dict(name, trainable_only=trainable_only) for name in self.trainers}
         engine = self.trainers[level].engine
         with self.iteration.scheduler.resident([StateName("weights", engine.name)]):
             return engine.full_state_dict(trainable_only=trainable_only)
