@@ -7,7 +7,7 @@
 #                make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_FLAGS more options for pytest                             make test PYTEST_FLAGS="-k fsdp -x"
 #   MINUTES, DEVICE, OUT   of `make gpu`; without a GPU              make gpu DEVICE=cpu
-#   DEMO_FLAGS   key=value changes to the demo's configuration       make demo DEMO_FLAGS="steps=20"
+#   DEMO_FLAGS   key=value changes to the demo's configuration       make demo DEMO_FLAGS="train.steps=20"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=

@@ -189,8 +189,8 @@ def _checked_function(loss: Any, level: Level, name: str) -> Callable[..., Tenso
     if loss is None:
         if not has_method:
             raise ValueError(
-                f"level {name!r} has no loss: give loss=f, a function of the batch and of levels by name, {name!r} among "
-                "them, or define loss(self, batch, ...) in a subclass of Level."
+                f"level {name!r} has no loss: give loss=f, a function of the batch and of levels by name, its own "
+                "among them, or define loss(self, batch, ...) in a subclass of Level."
             )
         return None
     if has_method:

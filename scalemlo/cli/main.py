@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..versions import __version__
 from . import COMMANDS
 
 DESCRIPTION = """\
@@ -67,6 +68,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scalemlo", description=DESCRIPTION, formatter_class=raw)
     # The deepspeed launcher adds it to its process's arguments; LOCAL_RANK, which it also sets, is what counts.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"scalemlo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         text = command.__doc__ or ""
