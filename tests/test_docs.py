@@ -27,6 +27,7 @@ def written(monkeypatch) -> dict[str, Any]:
     """What the blocks of the page define; what they register is taken back."""
     for rules in (RULES, UPDATE_RULES):
         monkeypatch.setitem(rules, torch.optim.Adadelta, None)
+    monkeypatch.setitem(ESTIMATORS, "one_step", None)
     names: dict[str, Any] = {"__name__": "write_your_own"}
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "write_your_own.md").read_text(), re.M | re.S)
     assert len(blocks) == 4
@@ -101,7 +102,7 @@ def test_the_migrated_example_runs():
 def test_tables_name_every_estimator():
     for page in ("estimators.md", "papers.md"):
         rows = re.findall(r"^\| `(\w+)` \|", (DOCS / page).read_text(), re.M)
-        assert rows == list(ESTIMATORS), page
+        assert sorted(rows) == sorted(ESTIMATORS), page
 
 
 def test_yaml_form():

@@ -37,11 +37,8 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
-SCALEMLO = [
-    c
-    for c in commands(r"(?:torchrun|accelerate launch|scalemlo) ")
-    if re.search(rf"\bscalemlo ({'|'.join(COMMANDS)}) \S", c)
-]
+IS_COMMAND = re.compile(rf"\bscalemlo ({'|'.join(COMMANDS)}) \S")
+SCALEMLO = [c for c in commands(r"(?:torchrun|accelerate launch|scalemlo) ") if IS_COMMAND.search(c)]
 MAKE = commands("make ")
 
 
