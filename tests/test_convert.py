@@ -146,5 +146,11 @@ def test_refusals(tmp_path):
         to_hf(tmp_path, tmp_path / "out", base=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"level='upper': .* has the levels \['lower'\]"):
         to_hf(tmp_path, tmp_path / "out", level="upper")
-    with pytest.raises(ValueError, match="has no save_pretrained"):
-        save_pretrained(trained(mlp()), "lower", tmp_path / "out")
+
+
+def test_of_a_plain_module_the_weights_are_saved(tmp_path):
+    program = trained(mlp())
+    save_pretrained(program, "lower", tmp_path)
+    saved, live = load_file(tmp_path / "model.safetensors"), program.state_dict("lower")
+    assert saved.keys() == live.keys() and all(torch.equal(t, live[name]) for name, t in saved.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

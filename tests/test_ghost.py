@@ -454,3 +454,27 @@ def test_sama_needs_the_gradient_first():
     with pytest.raises(ValueError, match="SAMA needs that gradient first"):
         mlo.SAMA(mixed="ghost")
     assert not any(key.startswith("ghost") for key in Problem(kind="mlp").program(mlo.SAMA(), mlo.Single()).step())
+
+
+def test_a_run_says_once_why_there_are_no_products(caplog):
+    torch.manual_seed(0)
+    weights, model = nn.Linear(3, 1), nn.Linear(3, 1)
+    data = [(torch.randn(4, 3), torch.randn(4, 1))]
+
+    def fit(batch, weights, model):
+        losses = (model(batch[0]) - batch[1]).square()
+        return mlo.mean((weights(batch[0]).sigmoid() * losses).squeeze(-1))
+
+    def validate(batch, weights, model):
+        return mlo.mean((model(batch[0]) - batch[1]).square().squeeze(-1))
+
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    program = mlo.Program(
+        [
+            mlo.Level("weights", weights, loss=validate, data=data, optimizer=sgd),
+            mlo.Level("model", model, loss=fit, data=data, optimizer=sgd),
+        ]
+    )
+    program.run(3, progress=False)
+    said = [record.getMessage() for record in caplog.records if "take the forward derivative" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("level 'model'") and "weighted_mean" in said[0]

@@ -379,20 +379,18 @@ class TickGradients:
             if is_asked_for:
                 raise
             self.note(f"ghost/{name}", 0.0)
-            self._without_products[name] = str(error)
-            logger.debug("level %r: mixed partials by the forward derivative: %s", name, error)
+            self._do_without_products(name, str(error))
             return self._forward_mixed(lower, v, uppers), False
         mixed = {upper.name: result.gradients.pop(upper.name) for upper in uppers}
         if ghost.refusal is None:
             past = [u.name for u in uppers if any_rank(not result.reached[u.name])]
             if past:  # it has no part in the weights
-                self._without_products[name] = ghost.refusal = (
-                    f"ghost products: level {past[0]!r} enters the losses themselves. Use mixed='forward'."
-                )
+                ghost.refusal = f"ghost products: level {past[0]!r} enters the losses themselves. Use mixed='forward'."
+                self._do_without_products(name, ghost.refusal)
         if ghost.refusal is not None and is_asked_for:
             raise DerivativeError(f"level {name!r}: {ghost.refusal}")
         if ghost.is_mixed and not self.verification.knows(lower):  # at its first use: so it will be
-            self._without_products[name] = str(ghost.refusal)
+            self._do_without_products(name, str(ghost.refusal))
         is_good = ghost.refusal is None and self._verify_products(lower, ghost, is_asked_for)
         if not is_good:
             mixed = self._forward_mixed(lower, v, uppers)
@@ -403,6 +401,12 @@ class TickGradients:
             self._keep_gradient(lower, result.loss, self._checked_gradient(lower, result), "gradient")
         self.note(f"ghost/{name}", float(is_good))
         return mixed, is_good
+
+    def _do_without_products(self, name: str, reason: str) -> None:
+        """Take the forward derivative from here on, and say so once: it is exact too, but takes a pass of its own."""
+        if name not in self._without_products and is_main_process():
+            logger.warning("level %r: its mixed partials take the forward derivative, a pass more: %s", name, reason)
+        self._without_products[name] = reason
 
     def _forward_mixed(self, lower: LevelTrainer, v: Shards, uppers: Sequence[LevelTrainer]) -> dict[str, Shards]:
         with self.phase(lower, "hypergradient"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import scalemlo as mlo
@@ -390,3 +391,42 @@ def test_missing_meta_set_pad_token_and_losses(tmp_path, caplog):
 def test_weights_that_do_not_vary_are_reported(tmp_path, caplog):
     trainer(tmp_path, meta_learning_rate=1e-9, max_steps=1).train()
     assert "hardly vary" in caplog.text and "meta_learning_rate (1e-09)" in caplog.text
+
+
+def test_plain_modules_are_saved_and_a_run_resumes_bit_for_bit(tmp_path):
+    """The weights alone, under their names in the module, and everything that a resumed run needs."""
+
+    def made(folder, **options):
+        torch.manual_seed(0)
+        net, above = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+        batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
+
+        def loss_of(model, batch):
+            return (model(batch[0]) - batch[1]).square().squeeze(-1)
+
+        def fit(batch, weights, model):
+            return mlo.weighted_mean(loss_of(model, batch), weights(batch[0]).sigmoid().squeeze(-1))
+
+        def validate(batch, weights, model):
+            return mlo.mean(loss_of(model, batch))
+
+        adam = partial(torch.optim.Adam, lr=0.1)
+        levels = [
+            mlo.Level("weights", above, loss=validate, data=batches[2:], optimizer=adam),
+            mlo.Level("model", net, loss=fit, data=batches[:2], optimizer=adam),
+        ]
+        args = MLOConfig(
+            output_dir=str(folder), use_cpu=True, max_steps=4, save_steps=2, report_to=[], disable_tqdm=True, **options
+        )
+        return MLOTrainer(levels, args)
+
+    whole = made(tmp_path / "a")
+    whole.train()
+    whole.save_model()
+    saved = load_file(tmp_path / "a" / "model.safetensors")
+    live = whole.program["model"].module
+    assert saved.keys() == {"weight", "bias"} and all(torch.equal(t, live.get_parameter(n)) for n, t in saved.items())
+    resumed = made(tmp_path / "a")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, state in whole.program.state_dict().items():
+        assert all(torch.equal(t, resumed.program.state_dict(name)[n]) for n, t in state.items())

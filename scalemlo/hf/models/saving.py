@@ -27,6 +27,8 @@ def save_pretrained(
 ) -> None:
     """Save a level's Hugging Face model, or its adapter if it is a PEFT model. Collective.
 
+    Of any other module the weights alone are saved, as ``model.safetensors`` under their names in the module.
+
     Weights are gathered one by one: rank 0 holds those of one file (an adapter is one file), the other ranks one
     weight.
 
@@ -37,14 +39,10 @@ def save_pretrained(
         tokenizer: Saved beside the model.
         max_shard_bytes: Size of a model's files.
 
-    Raises:
-        ValueError: If the level's module is neither a PEFT nor a transformers model.
     """
     engine = program.trainers[level].engine
     module = engine.module
     is_adapter = isinstance(module, PeftModel)
-    if not isinstance(module, (PeftModel, PreTrainedModel)):
-        raise ValueError(f"level {level!r}: {type(module).__name__} has no save_pretrained; use Program.state_dict.")
     frozen = _adapter_names(module) if is_adapter else ()
     tensors = engine.full_tensors(trainable_only=is_adapter, also=frozen)
 
@@ -56,6 +54,7 @@ def save_pretrained(
                 _write_adapter(module, tensors, Path(folder))
             else:
                 write_model(tensors, folder, max_shard_bytes)
+            if isinstance(module, PreTrainedModel):
                 dtype = next(engine.dtypes[n] for n in engine.parameters)
                 write_config(module.config, module.generation_config, _class_name(module), dtype, folder)
             if tokenizer is not None:
