@@ -19,17 +19,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import scalemlo as mlo
 
 
-class Train(mlo.Level):
-    def loss(self, batch, rater):  # reading `rater`, which stands above, makes it this level's upper level
-        images, labels, index = batch
-        losses = F.cross_entropy(self.module(images), labels, reduction="none")  # [B]
-        return mlo.weighted_mean(losses, torch.sigmoid(rater(index)).squeeze(-1))
+def fit(batch, rater, student):  # the loss of `student`; `rater` stands above: the optimum depends on it
+    images, labels, index = batch
+    losses = F.cross_entropy(student(images), labels, reduction="none")  # [B]
+    return mlo.weighted_mean(losses, torch.sigmoid(rater(index)).squeeze(-1))
 
 
-class Rate(mlo.Level):
-    def loss(self, batch, train):  # `train` stands below: this loss depends on its best response
-        images, labels = batch
-        return F.cross_entropy(train(images), labels)
+def validate(batch, student):  # the loss of `rater`; `student` stands below: this depends on its best response
+    images, labels = batch
+    return F.cross_entropy(student(images), labels)
 
 
 def main(steps: int = 400) -> dict[str, float]:
@@ -54,9 +52,10 @@ def main(steps: int = 400) -> dict[str, float]:
         train = TensorDataset(train_x, given_y, torch.arange(1000))
         program = mlo.Program(
             [
-                Rate("rater", weights, data=[(meta_x, meta_y)], optimizer=partial(torch.optim.Adam, lr=weights_lr)),
-                Train("train", model, data=DataLoader(train, 100, shuffle=True), hypergradient=mlo.Identity(),
-                      optimizer=partial(torch.optim.AdamW, lr=3e-3)),
+                mlo.Level("rater", weights, loss=validate, data=[(meta_x, meta_y)],
+                          optimizer=partial(torch.optim.Adam, lr=weights_lr)),
+                mlo.Level("student", model, loss=fit, data=DataLoader(train, 100, shuffle=True),
+                          optimizer=partial(torch.optim.AdamW, lr=3e-3), hypergradient="identity"),
             ]  # top to bottom
         )  # fmt: skip
         program.run(steps, progress=False)

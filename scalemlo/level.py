@@ -38,7 +38,7 @@ class Level:
     Args:
         name: Python identifier by which other losses read this level.
         module: Holds the parameters. Levels may share one module, each owning some of its parameters.
-        loss: The loss as a function, with a parameter of the level's own name; not for subclasses with a method.
+        loss: The loss as a function; not for subclasses with a method.
         data: Iterable of batches (tensors, tuples, dicts, ``BatchEncoding``), usually a ``DataLoader``, iterated again
             and again. Its batches are global: with W processes each computes on 1/W of every batch. Not needed where
             ``loss`` has no parameter ``batch``.
@@ -139,7 +139,7 @@ class Level:
     @property
     def reads_itself(self) -> bool:
         """Whether the level's module is an argument of its loss."""
-        return self._function is not None
+        return self._function is not None and self.name in inspect.signature(self._function).parameters
 
     def run_loss(self, arguments: dict[str, Any]) -> Tensor:
         """The loss on a batch.
@@ -189,20 +189,14 @@ def _checked_function(loss: Any, level: Level, name: str) -> Callable[..., Tenso
     if loss is None:
         if not has_method:
             raise ValueError(
-                f"level {name!r} has no loss: give loss=f, a function of the batch and of levels by name, its own "
-                "among them, or define loss(self, batch, ...) in a subclass of Level."
+                f"level {name!r} has no loss: give loss=f, a function of the batch and of levels by name, or "
+                "define loss(self, batch, ...) in a subclass of Level."
             )
         return None
     if has_method:
         raise ValueError(f"level {name!r}: {type(level).__name__} has a loss of its own; take loss= out.")
     if not callable(loss):
         raise ValueError(f"level {name!r}: loss must be a function, got {loss!r}.")
-    parameters = list(inspect.signature(loss).parameters)
-    if name not in parameters:
-        raise ValueError(
-            f"loss({', '.join(parameters)}) of level {name!r} has no parameter {name!r}, by which it is given its "
-            "module: a module that comes another way is not seen by the engine."
-        )
     return loss
 
 

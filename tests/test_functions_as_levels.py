@@ -43,7 +43,7 @@ class Model(mlo.Level):
         return fit(batch, weights, self.module)
 
 
-def upper(batch, weights, model: mlo.Lower):
+def upper(batch, model: mlo.Lower):
     return validate(batch, model)
 
 
@@ -101,7 +101,8 @@ def refused(**options) -> str:
 
 
 def test_wrong_functions_and_names_say_the_way_out():
-    assert "loss(batch, network) of level 'model' has no parameter 'model'" in refused(loss=lambda batch, network: 0)
+    with pytest.raises(ValueError, match="its loss reads 'modle', which is no level.*Did you mean 'model'"):
+        mlo.Program([mlo.Level("model", net(0), loss=lambda batch, modle: 0, data=batches(0), optimizer=SGD)])
     assert "loss must be a function" in refused(loss="mse")
     assert "Did you mean 'neumann'?" in refused(hypergradient="neuman")
     assert "Penalty(learning_rate=...)" in refused(hypergradient="penalty")

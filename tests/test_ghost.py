@@ -465,7 +465,7 @@ def test_a_run_says_once_why_there_are_no_products(caplog):
         losses = (model(batch[0]) - batch[1]).square()
         return mlo.mean((weights(batch[0]).sigmoid() * losses).squeeze(-1))
 
-    def validate(batch, weights, model):
+    def validate(batch, model):
         return mlo.mean((model(batch[0]) - batch[1]).square().squeeze(-1))
 
     sgd = partial(torch.optim.SGD, lr=0.1)

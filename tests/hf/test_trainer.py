@@ -407,7 +407,7 @@ def test_plain_modules_are_saved_and_a_run_resumes_bit_for_bit(tmp_path):
         def fit(batch, weights, model):
             return mlo.weighted_mean(loss_of(model, batch), weights(batch[0]).sigmoid().squeeze(-1))
 
-        def validate(batch, weights, model):
+        def validate(batch, model):
             return mlo.mean(loss_of(model, batch))
 
         adam = partial(torch.optim.Adam, lr=0.1)
