@@ -99,9 +99,9 @@ def measured(setting: dict, case: dict) -> int:
 
 def planned(setting: dict, case: dict) -> dict:
     """The plan of a case, and bytes at the peak by kind."""
-    import scalemlo.planning.plan as scheduler
+    import scalemlo as mlo
 
-    plan = scheduler.plan(lambda: build(setting, case), world_size=case["world_size"], accelerator=False)
+    plan = mlo.plan(lambda: build(setting, case), world_size=case["world_size"], accelerator=False)
     phase = plan.peak_phase
     return {"bytes": plan.peak_bytes, "phase": phase.name, "kinds": {k: round(v) for k, v in phase.peak.items()}}
 

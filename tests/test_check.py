@@ -32,7 +32,7 @@ def test_everything_agrees_and_nothing_is_left_behind(tmp_path):
         p.run(2, progress=False)
     lower = checked.trainers["finetune"]
     before = lower.state().copied(torch.device("cpu"))
-    report = checked.check()
+    report = mlo.check(checked)
     assert report.passed, report.verdict
     assert "difference quotient" in " ".join(findings(report))
     after = lower.state()
@@ -52,7 +52,7 @@ def test_everything_agrees_and_nothing_is_left_behind(tmp_path):
 
 def test_one_step_of_sgd_is_what_the_identity_assumes():
     """With one SGD step below, v hardly moves in it, and the identity is right up to the learning rate."""
-    report = program(mlo.Identity(), 1, optimizer=partial(torch.optim.SGD, lr=1e-4)).check([mlo.SAMA()])
+    report = mlo.check(program(mlo.Identity(), 1, optimizer=partial(torch.optim.SGD, lr=1e-4)), [mlo.SAMA()])
     own, sama = (next(c for c in report.comparisons if c.estimator == n) for n in ("Identity()", "SAMA()"))
     assert own.cosine > 0.9999 and own.size_ratio == pytest.approx(1e4, rel=1e-2)
     assert sama.cosine > 0.9999 and sama.size_ratio == pytest.approx(1.0, rel=1e-2)
@@ -60,7 +60,7 @@ def test_one_step_of_sgd_is_what_the_identity_assumes():
 
 def test_a_run_goes_on_as_if_it_had_not_been_checked_but_for_the_batches():
     checked, other = program(), program()
-    checked.check([mlo.Identity()])
+    mlo.check(checked, [mlo.Identity()])
     for trainer in other.trainers.values():  # takes the batches that the check took
         for _ in range(4 if trainer.name == "finetune" else 2):
             other.iteration.ticks.fetch([trainer])
@@ -73,10 +73,10 @@ def test_a_run_goes_on_as_if_it_had_not_been_checked_but_for_the_batches():
 @pytest.mark.parametrize("spec", [mlo.DDP(), mlo.FSDP()], ids=["ddp", "fsdp"])
 def test_ranks_find_what_one_process_finds(spec):
     def body(rank, world_size):
-        report = program(spec=spec).check([mlo.Identity(), mlo.ConjugateGradient(max_steps=2, damping=1.0)])
+        report = mlo.check(program(spec=spec), [mlo.Identity(), mlo.ConjugateGradient(max_steps=2, damping=1.0)])
         return report.passed, [(c.estimator, c.cosine, c.size_ratio) for c in report.comparisons]
 
-    expected = program().check([mlo.Identity(), mlo.ConjugateGradient(max_steps=2, damping=1.0)]).comparisons
+    expected = mlo.check(program(), [mlo.Identity(), mlo.ConjugateGradient(max_steps=2, damping=1.0)]).comparisons
     for passed, rows in run_ranks(body, 2):
         assert passed
         assert [r[0] for r in rows] == [c.estimator for c in expected]
@@ -94,7 +94,7 @@ def test_a_wrong_derivative_is_found(monkeypatch):
         return {n: x * 1.01 for n, x in original(self, *args, **kwargs).items()}
 
     monkeypatch.setattr(LevelTrainer, "compute_mixed", scaled)
-    report = program().check([])
+    report = mlo.check(program(), [])
     assert not report.passed
     assert "mixed partial by rater: forward and reverse mode" in report.verdict
     assert report.verdict.startswith("NOT TO BE TRUSTED")
@@ -113,7 +113,7 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
         return lower.estimator.pull_back(v, LowerLevel(lower, level, uppers))[0]
 
     monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._pull_back", pull_back)
-    report = program().check([])
+    report = mlo.check(program(), [])
     assert not findings(report)["exact hypergradient of rater: difference quotient"]
 
 
@@ -122,7 +122,7 @@ def test_a_hop_of_another_update_is_found(monkeypatch):
 
     original = LevelTrainer.compute_mixed
     monkeypatch.setattr(LevelTrainer, "compute_mixed", lambda *args: {n: x * 1.5 for n, x in original(*args).items()})
-    report = program(mlo.Identity(mixed="forward")).check([])
+    report = mlo.check(program(mlo.Identity(mixed="forward")), [])
     assert not findings(report)["whole gradient: hops move as live gradients do"]
     assert "rater: level 'finetune': the mixed partial with the levels above is not the derivative" in report.verdict
 
@@ -131,7 +131,7 @@ def test_a_lost_path_is_found(monkeypatch):
     from scalemlo.loop.gradients import TickGradients
 
     monkeypatch.setattr(TickGradients, "_sweep", lambda self, adjoints, level, fixed: None)
-    report = program(mlo.Identity()).check([])
+    report = mlo.check(program(mlo.Identity()), [])
     assert not findings(report)["whole gradient: no path is lost"]
     assert "rater: the response part of its gradient is 0.0e+00, but where its parameters move" in report.verdict
 
@@ -164,12 +164,12 @@ def test_a_module_that_is_no_function_of_its_weights_is_found():
     sgd = partial(torch.optim.SGD, lr=1e-6)
     data = [torch.randn(8, 4)]
     lower = Train("train", Drifting(), data=data, optimizer=sgd, hypergradient=mlo.Identity(mixed="forward"))
-    report = mlo.Program([Rate("rater", nn.Linear(4, 1), data=data, optimizer=sgd), lower]).check([])
+    report = mlo.check(mlo.Program([Rate("rater", nn.Linear(4, 1), data=data, optimizer=sgd), lower]), [])
     assert not findings(report)["gradient: engine and skeleton"]
 
 
 def test_an_unknown_optimizer_leaves_the_second_ways():
-    report = program(mlo.Identity(), 1, optimizer=partial(torch.optim.RMSprop, lr=1e-3)).check([mlo.SAMA()])
+    report = mlo.check(program(mlo.Identity(), 1, optimizer=partial(torch.optim.RMSprop, lr=1e-3)), [mlo.SAMA()])
     assert report.passed
     assert "no exact hypergradient to compare with" in report.verdict and "RMSprop" in report.verdict
     sama = next(c for c in report.comparisons if c.estimator == "SAMA()")
@@ -200,7 +200,7 @@ def test_levels_in_the_middle_have_no_exact_reference_and_say_so():
     sgd = partial(torch.optim.SGD, lr=0.1)
     kinds = {"a": Top, "b": Middle, "c": Low}
     levels = [kind(name, Vector(), optimizer=sgd) for name, kind in kinds.items()]
-    report = mlo.Program(levels).check()
+    report = mlo.check(mlo.Program(levels))
     assert report.passed, report.verdict
     assert "b: no exact hypergradient" in report.verdict
     assert {(c.upper, c.lower) for c in report.comparisons} == {("a", "b"), ("a", "c"), ("b", "c")}

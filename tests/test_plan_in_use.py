@@ -14,7 +14,7 @@ from torch import nn
 
 import scalemlo as mlo
 from scalemlo.cli.main import main
-from scalemlo.planning import replan
+from scalemlo.planning import planner
 from scalemlo.planning.planner import plan
 from tests.ranks import run_ranks
 from tests.tiny_recipe import write_recipe
@@ -74,14 +74,14 @@ def test_program_plans_itself_on_other_engines_and_ranks():
     expected = plan(partial(build, mlo.FSDP), world_size=4, accelerator=False)
     assert counted(found) == counted(expected)
     with pytest.raises(ValueError, match="cannot be split evenly over 3 ranks"):
-        build().plan(world_size=3, engine=mlo.FSDP())
+        mlo.plan(build(), world_size=3, engine=mlo.FSDP())
 
 
 def test_a_plan_that_takes_too_long_is_ended(monkeypatch):
-    monkeypatch.setattr(replan, "plan", lambda build, **options: time.sleep(600))
+    monkeypatch.setattr(planner, "plan_build", lambda build, **options: time.sleep(600))
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"no plan after timeout_seconds=0.5 and was ended. .*mlo.plan\(build"):
-        build().plan(timeout_seconds=0.5)
+        mlo.plan(build(), timeout_seconds=0.5)
     assert time.perf_counter() - start < 60 and not multiprocessing.active_children()
 
 

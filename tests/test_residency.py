@@ -265,8 +265,8 @@ def test_check_and_undone_steps_work_within_a_budget(tmp_path):
     before = state_of(tight)
     expected, found = free.gradients(), tight.gradients()
     assert all(torch.equal(expected[n][k], t) for n, g in found.items() for k, t in g.items())
-    tight.check([])
-    free.check([])
+    mlo.check(tight, [])
+    mlo.check(free, [])
     assert same(state_of(tight), before)
     for p in (free, tight):
         p.run(2, progress=False)

@@ -98,10 +98,10 @@ def plain_problem(engine, **options):
 
 def everything(program):
     """All the state of a rank: its entries of every vector, numbers, history without times."""
-    entries = {key: piece.flat.clone() for key, piece in state.vectors(program).items()}
+    entries = {key: piece.flat.clone() for key, piece in state.vectors(program.iteration).items()}
     history = (program.history.steps, program.history.skipped, program.history.solves)
-    shared = state.shared(program)
-    return {"vectors": entries, "shared": shared, "own": state.own(program), "history": history}
+    shared = state.shared(program.iteration)
+    return {"vectors": entries, "shared": shared, "own": state.own(program.iteration), "history": history}
 
 
 def differences(a, b, path=""):
@@ -119,7 +119,9 @@ def differences(a, b, path=""):
 
 def full(program):
     """Whole flattened vectors, equal on every rank; collective."""
-    mine = {key: (piece.numel, piece.start, piece.flat) for key, piece in sorted(state.vectors(program).items())}
+    mine = {
+        key: (piece.numel, piece.start, piece.flat) for key, piece in sorted(state.vectors(program.iteration).items())
+    }
     everyone = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()

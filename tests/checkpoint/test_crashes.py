@@ -170,7 +170,7 @@ def test_disk_full_on_one_rank(tmp_path, monkeypatch):
                     FullDisk(patch, call=3)
                 with pytest.raises(ValueError, match="writing .*step-000002 failed: .*There is an older"):
                     with saving(checkpoint) as save:
-                        save(program)
+                        save(program.iteration)
             barrier()
             assert os.listdir(tmp_path) == ["step-000001"]
             barrier()

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import scalemlo as mlo
 from scalemlo.recipes import RECIPES, bilevel_peft
 from scalemlo.recipes.study.study import Cell
 from scalemlo.runs import config as cfg
@@ -92,7 +93,7 @@ def test_tiny_run(folder, recipe):
 @pytest.mark.parametrize("recipe", OWNED)
 def test_derivatives_of_a_tiny_program_agree(folder, recipe):
     """Second ways to the same derivatives; DoRA's magnitudes, AutoLoRA's and BiLoRA's gates."""
-    report = RECIPES[recipe].build(load(folder, recipe)).check()
+    report = mlo.check(RECIPES[recipe].build(load(folder, recipe)))
     assert report.passed, report.verdict
     own = [c for c in report.comparisons if c.is_configured]
     assert len(own) == 1 and own[0].size_ratio > 0

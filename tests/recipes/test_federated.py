@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+import scalemlo as mlo
 from scalemlo.recipes import federated
 from scalemlo.recipes.study.study import Cell
 from scalemlo.runs import config as cfg
@@ -101,7 +102,7 @@ def test_two_ranks_are_two_clients_and_compute_what_one_process_does():
 
 
 def test_derivatives_agree():
-    report = federated.three_levels(cell_of(config_of()), federated.split(config_of(), 0)).check()
+    report = mlo.check(federated.three_levels(cell_of(config_of()), federated.split(config_of(), 0)))
     assert report.passed, report.verdict
 
 
