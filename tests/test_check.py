@@ -110,7 +110,7 @@ def test_a_wrong_unrolling_is_found(monkeypatch):
     monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._note_solve", lambda self, lower, result: None)
 
     def pull_back(self, v, lower, level, uppers, fixed):
-        return lower.estimator.pull_back(v, LowerLevel(lower, level, uppers))[0]
+        return lower.estimator.pull_back(v, LowerLevel(lower, level, uppers, self.of))[0]
 
     monkeypatch.setattr("scalemlo.loop.gradients.TickGradients._pull_back", pull_back)
     report = mlo.check(program(), [])

@@ -129,7 +129,7 @@ def test_result_is_an_estimate_of_the_solve():
     program.gradients()  # takes batches
     lower, upper = program.trainers["lower"], program.trainers["upper"]
     v = upper.compute_gradient([lower]).gradients["lower"]
-    _, result = lower.estimator.pull_back(v, LowerLevel(lower, upper, [upper]))
+    _, result = lower.estimator.pull_back(v, LowerLevel(lower, upper, [upper], program.iteration.gradients.of))
     expected = torch.linalg.solve(problem.H, v["value"])
     assert relative_error(dict(result.value), {"value": expected}) < 1e-4
     assert (result.status, result.num_iterations, result.num_hvps, result.residual) == (Status.DONE, 60, 0, None)
@@ -259,7 +259,7 @@ def test_difference_of_gradients_is_a_mixed_partial_where_the_copy_is_near(accum
     lower, rater = program.trainers["finetune"], program.trainers["rater"]
     lower.memory.clear()
     v = rater.compute_gradient([lower]).gradients["finetune"]
-    found, result = lower.estimator.pull_back(v, LowerLevel(lower, rater, [rater]))
+    found, result = lower.estimator.pull_back(v, LowerLevel(lower, rater, [rater], program.iteration.gradients.of))
     expected = lower.loss_at().tangents([(lower.block, -result.value)], {"rater": rater.block})["rater"]
     assert relative_error(dict(found["rater"]), dict(expected)) < 1e-5
 

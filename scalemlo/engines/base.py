@@ -126,7 +126,19 @@ class Engine(ABC):
         self.is_resident = True
         """Whether its weights are on the device; see :mod:`scalemlo.memory`."""
         self.kept: KeptWeights | None = None
-        """Gathers constants where they may be kept; set by a scheduler with a budget."""
+        """See :meth:`keep_gathered`."""
+
+    def note_residence(self, is_resident: bool) -> None:
+        """Be told that the weights have come onto the device, or left it."""
+        self.is_resident = is_resident
+
+    def keep_gathered(self, kept: KeptWeights) -> None:
+        """Gather constants where they may be kept from one pass to the next; nothing to keep where nothing is gathered.
+
+        Args:
+            kept: Where.
+        """
+        self.kept = None if self.group is None else kept
 
     @property
     def shards_device(self) -> torch.device:

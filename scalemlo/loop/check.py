@@ -397,7 +397,7 @@ class _Hop:
             size = float(direction.norm())
             if upper not in self.uppers or size == 0.0 or len(self.uppers) > 1:
                 continue
-            problem = LowerLevel(self.lower, upper, self.uppers)
+            problem = LowerLevel(self.lower, upper, self.uppers, self.gradients.of)
             unit, trajectory = direction * (1 / size), problem.trajectory.held()
 
             def outcome(radius: float, problem=problem, unit=unit, upper=upper, trajectory=trajectory) -> float:

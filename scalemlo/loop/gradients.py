@@ -87,8 +87,6 @@ class TickGradients:
         self._probed: set[str] = set()
         self._plain_values: set[tuple[str, str]] = set()  # of levels, the gradients of whose losses nothing changes
         self._without_products: dict[str, str] = {}  # why levels that leave it open take the forward derivative
-        for trainer in trainers.values():
-            trainer.gradient = lambda trainer=trainer: self.of(trainer)
 
     def clear(self) -> None:
         """Forget the gradients of the tick before."""
@@ -302,7 +300,7 @@ class TickGradients:
         fixed: tuple[str, ...],
     ) -> dict[str, Shards]:
         """One hop: from the lower level's weights to the levels that it goes on to."""
-        problem, estimator = LowerLevel(lower, level, onward, fixed), lower.estimator
+        problem, estimator = LowerLevel(lower, level, onward, self.of, fixed), lower.estimator
         is_ghost = False
         if isinstance(estimator, ImplicitHypergradient) and self._takes_products(lower, estimator, onward):
             with self.phase(lower, "solve", level):

@@ -86,9 +86,6 @@ class LevelTrainer:
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
 
     # ---- what an estimator may ask, see :class:`.lower_level.LowerLevel` --------------------------------------------
-    gradient: Callable[[], tuple[Shards, float]]
-    """The clipped gradient of the next step and the clipping factor; set by the program for each tick."""
-
     def weights(self) -> Shards:
         """Local weights of the level."""
         return self.block.shards()

@@ -1,6 +1,6 @@
 """A level as an estimator sees it, asked by one level above."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -22,15 +22,21 @@ class LowerLevel:
         lower: The level.
         level: The one whose gradient is being computed.
         uppers: Those that the level's loss depends on and that lie on the way to it.
+        gradient_of: Gives the clipped gradient of a level's next step and the clipping factor.
         fixed: Levels that are held while it is solved, see :class:`scalemlo.graph.Hop`.
     """
 
     def __init__(
-        self, lower: LevelTrainer, level: LevelTrainer, uppers: Sequence[LevelTrainer], fixed: Sequence[str] = ()
+        self,
+        lower: LevelTrainer,
+        level: LevelTrainer,
+        uppers: Sequence[LevelTrainer],
+        gradient_of: Callable[[LevelTrainer], tuple[Shards, float]],
+        fixed: Sequence[str] = (),
     ):
         self.memory = lower.memory.setdefault(".".join((level.name, *fixed)), {})
         self.name, self.optimizer, self.block = lower.name, lower.optimizer, lower.block
-        self._lower, self._level, self._uppers = lower, level, uppers
+        self._lower, self._level, self._uppers, self._gradient_of = lower, level, uppers, gradient_of
 
     def weights(self) -> Shards:
         """Local weights of the level."""
@@ -38,7 +44,7 @@ class LowerLevel:
 
     def gradient(self) -> tuple[Shards, float]:
         """The clipped gradient of the level's next step and the clipping factor."""
-        return self._lower.gradient()
+        return self._gradient_of(self._lower)
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         """State of one parameter as local shards."""

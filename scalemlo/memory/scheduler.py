@@ -182,7 +182,7 @@ class BudgetScheduler(Scheduler):
         self._room_bytes: int | None = None  # for weights that stay gathered, once it is known
         self._has_new = False  # whether a phase of the iteration is
         for trainer in trainers.values():
-            trainer.engine.kept = None if trainer.engine.group is None else self._kept
+            trainer.engine.keep_gathered(self._kept)
         self.meter = meter_of(self.residency, device, self._kept)
 
     @property
@@ -205,7 +205,7 @@ class BudgetScheduler(Scheduler):
         found = {}
         for trainer in self._trainers.values():
             for name in states_of(trainer):
-                on_move = partial(setattr, trainer.engine, "is_resident") if name.kind == "weights" else _ignore
+                on_move = trainer.engine.note_residence if name.kind == "weights" else _ignore
                 found[name] = State(name, partial(tensors_of, trainer, name.kind), self._device, on_move)
         return found
 
