@@ -7,8 +7,8 @@ rematerialised, so that the peak grows with ``QUERY_CHUNK * T``, as in Rabe and 
 O(n^2) memory" (arXiv:2112.05682), section 2, with chunks of queries alone.
 
 Each chunk runs what the live module would run on all queries: transformers' ``sdpa`` (in torch's own operations, see
-:mod:`.products`), or the ``eager`` function of the model's own file, soft caps included. A mask stays whole, without
-heads: one byte per pair with ``sdpa``, none where it is causal and nobody is padded.
+:mod:`.derivatives.products`), or the ``eager`` function of the model's own file, soft caps included. A mask stays
+whole, without heads: one byte per pair with ``sdpa``, none where it is causal and nobody is padded.
 """
 
 import inspect

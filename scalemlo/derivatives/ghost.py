@@ -2,17 +2,17 @@
 
 Where the lower loss is a weighted mean of per-example losses, ``L = sum_i c_i l_i``, its mixed partial needs the model
 only through the numbers ``d_i = <grad_w l_i, v>``. The gradient of L by a layer's weights is ``sum_i delta_i x_i^T``,
-so the part of example i in ``<grad_w L, v>`` is ``<delta_i, t_i>``, where ``t_i`` is the layer's output tangent for
-its weights moving along v (:mod:`.layer_products`): for a linear layer one extra matmul beside the backward's two.
+so the part of example i in ``<grad_w L, v>`` is ``<delta_i, t_i>``, where ``t_i`` is the layer's output tangent for its
+weights moving along v (:mod:`.autodiff.layer_products`): for a linear layer one extra matmul beside the backward's two.
 Summed over layers that part is ``c_i d_i``. No second forward, no graph of tangents, and the lower step gets its
 gradient from the same pass.
 
 It is exact under conditions that are checked at every step: the loss returned is one :func:`scalemlo.weighted_mean`,
 whose weights have nothing in common with the losses in autograd's graph (neither the lower weights nor a level above);
-every layer keeps examples apart along the first dimension, and so does every operation between (:mod:`.graph_audit`);
-no weight is zero. What no such check sees (a weight used past its layer, say) shows at the first use, and at the first
-of every graph with operations that were not there before: products are compared with a random sum of single examples'
-gradients on the live module.
+every layer keeps examples apart along the first dimension, and so does every operation between
+(:mod:`.autodiff.graph_audit`); no weight is zero. What no such check sees (a weight used past its layer, say) shows at
+the first use, and at the first of every graph with operations that were not there before: products are compared with a
+random sum of single examples' gradients on the live module.
 """
 
 from collections.abc import Iterator, Mapping

@@ -8,8 +8,8 @@ Lower weights moving and wanted: the Hessian-vector product. Lower weights movin
 partial ``d/dlambda <dL/dw, v>``. Upper parameters moving, lower weights wanted: its transpose. It is computed forward
 over reverse: dual numbers outside, reverse mode inside. Where the wanted parameters enter outside the large model
 (example weights, mixtures), no backward pass runs through that model and no graph of it is stored; what remains is the
-forward directional derivative of its losses. Elsewhere units are rematerialised (:mod:`.remat`), so that two units'
-weights, the root's and one block's, are gathered at most.
+forward directional derivative of its losses. Elsewhere units are rematerialised (:mod:`.autodiff.remat`), so that two
+units' weights, the root's and one block's, are gathered at most.
 
 First derivatives are taken by torch's own autograd, units rematerialised by ``torch.utils.checkpoint``, so that they
 pass whatever the training step passes: any kernel, any ``autograd.Function``, hooks.
@@ -207,7 +207,7 @@ class LossAt:
             wanted: Parameters to differentiate by.
             parts: What to take of each gradient.
             difference: Moves a module instead.
-            follows: Whether the update moves with what moves, see :data:`.evaluation.Form`.
+            follows: Whether the update moves with what moves, see :data:`scalemlo.autodiff.evaluation.Form`.
         """
         if not moving and difference is None:
             return [self._first_order(wanted)]

@@ -1,7 +1,7 @@
 """Evicting and fetching where tensors have no bytes: a budget's decisions, their moves counted and not made.
 
-The decisions are those of :class:`~.scheduler.Scheduler` and :class:`~.residency.Residency`, which run as they are.
-Slots copy nothing, and where the plan is for accelerators, what they ask of one is answered from the tracker.
+The decisions are those of :class:`~.memory.scheduler.Scheduler` and :class:`~.memory.residency.Residency`, which run as
+they are. Slots copy nothing, and where the plan is for accelerators, what they ask of one is answered from the tracker.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -69,7 +69,7 @@ def planned_peaks(
     Args:
         plan: What :meth:`scalemlo.recipes.study.plan_beside.PlanBeside.finish` gave.
         run: Whose peaks are wanted; those of a run that the plan is not of are not known.
-        resident_at_start: See :class:`~.tracking.History`.
+        resident_at_start: See :class:`~scalemlo.history.History`.
 
     Returns:
         Bytes by phase, and those among them that the process has beside the program.

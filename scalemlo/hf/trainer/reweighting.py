@@ -184,8 +184,8 @@ class ByScore(Reweighting):
     """A net that scores examples by their loss, their embedding under the fine-tuned model, or both.
 
     ``L = sum_i w_i l_i / sum_i w_i`` over the batch (``"batch"``) or ``(1/B) sum_i w_i l_i`` (``"none"``) with
-    ``w_i = net_lambda(stop(l_i), stop(e_i))`` and e_i ``[H]`` the mean of the last hidden state over the example's
-    tokens, standardised (:func:`.recorder.mean_last_hidden_state`). ``scorer_features`` says which of the two the net
+    ``w_i = net_lambda(stop(l_i), stop(e_i))`` and e_i ``[H]`` the mean of the last hidden state over the tokens,
+    standardised (:func:`~.losses.recorder.mean_last_hidden_state`). ``scorer_features`` says which of the two the net
     sees; both come out of the pass that gives the losses. By the loss alone: Shu et al. 2019, *Meta-Weight-Net:
     Learning an Explicit Mapping For Sample Weighting*, eq. 1-2.
     """

@@ -25,7 +25,7 @@ class Fit(mlo.Level):
 
 
 def test_and_validation(program: mlo.Program, level: str, data: Any) -> dict[str, float]:
-    """Scores of a classifier, for :meth:`.comparison.Cell.train`. Collective.
+    """Scores of a classifier, for :meth:`~scalemlo.recipes.study.study.Cell.train`. Collective.
 
     Args:
         program: Trains it.

@@ -76,7 +76,7 @@ class PlanBeside:
         self._process.stdin.close()
 
     def finish(self, *, wait: bool = True) -> dict[str, Any] | None:
-        """The plan, as :meth:`~.plan.Plan.as_dict`; None with ``reason`` set, or where none was asked for.
+        """The plan, as :meth:`~.planning.plan.Plan.as_dict`; None with ``reason`` set, or where none was asked for.
 
         Args:
             wait: Whether to wait for one that is not ready.
