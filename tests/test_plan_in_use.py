@@ -70,9 +70,11 @@ def test_program_plans_itself_as_the_function_that_built_it_is_planned(engine):
 
 
 def test_program_plans_itself_on_other_engines_and_ranks():
-    found = mlo.plan(build(), world_size=4, engine=mlo.FSDP())
+    def itself(rank, world_size):
+        return counted(mlo.plan(build(), world_size=4, engine=mlo.FSDP()))
+
     expected = plan(partial(build, mlo.FSDP), world_size=4, accelerator=False)
-    assert counted(found) == counted(expected)
+    assert run_ranks(itself, 1) == [counted(expected)]
     with pytest.raises(ValueError, match="cannot be split evenly over 3 ranks"):
         mlo.plan(build(), world_size=3, engine=mlo.FSDP())
 
