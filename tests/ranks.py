@@ -105,7 +105,7 @@ def run_ranks(
         *args: passed on to `fn`.
         timeout_seconds: then the ranks that still run are killed, and the failure shows where each one was.
         init_process_group: false leaves the process group to `fn`; it can use `init_method="env://"`.
-        start_method: `"fork"`, or `"spawn"`; by default fork, spawn where autograd's device threads may run.
+        start_method: `"fork"`, or `"spawn"`; by default fork, spawn where an accelerator is visible.
         **kwargs: passed on to `fn`.
 
     Returns:
@@ -116,9 +116,7 @@ def run_ranks(
     """
     __tracebackhide__ = True
     if start_method is None:
-        # A plan for accelerators starts autograd's device threads where torch is built for one, and no fork survives them.
-        has_threads = torch.version.cuda is not None and "scalemlo.planning.simulate" in sys.modules
-        start_method = "spawn" if has_threads or torch.accelerator.is_available() else "fork"
+        start_method = "spawn" if torch.accelerator.is_available() else "fork"
     context = mp.get_context(start_method)
     body = functools.partial(_call, fn, args, kwargs)
     if start_method == "spawn":

@@ -215,10 +215,9 @@ def test_a_module_that_is_not_fp32_is_refused():
         mlo.Program([level], engine=mlo.DeepSpeed())
 
 
-def test_without_the_package_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-
+def test_without_the_package_the_error_says_what_to_install():
     def body(rank, world_size):
+        sys.modules["deepspeed"] = None
         with pytest.raises(ValueError, match=r"pip install 'scalemlo\[deepspeed\]'"):
             problem("mlp").program(FORWARD, mlo.DeepSpeed())
 

@@ -67,6 +67,9 @@ def simulation(world_size: int, *, accelerator: bool) -> Iterator[MemoryTracker]
     """
     if dist.is_initialized():
         raise ValueError("a plan is made in one process without a process group; do not use a launcher.")
+    # Autograd counts the devices at its first pass, once and for all; for fake ones it would start threads, and this
+    # process could no longer be forked.
+    torch.zeros((), requires_grad=True).backward()
     tracker = MemoryTracker()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "excepthook", sys.excepthook))  # init_process_group sets its own
