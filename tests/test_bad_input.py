@@ -443,7 +443,7 @@ def bad_on_ranks(rank, world_size):
     found = {}
     for name, spec in (("ddp", mlo.DDP()), ("fsdp", mlo.FSDP())):
         found[name, "unused"] = message_of(lambda spec=spec: program(low=low_with(unused_head), engine=spec))
-        # Verification has raised a false alarm here in some runs (the live difference was 1e10), which hides the message
+        # Verification has raised a false alarm here in some runs (a live difference of 1e10), and hides the message
         # that is looked for; in one process it is on.
         found[name, "detached"] = message_of(
             lambda spec=spec: program(low=low_with(detached_gate), engine=spec, verify="off")
