@@ -97,6 +97,8 @@ class Level:
                 f"got {type(optimizer).__name__}."
             )
         self._function = _checked_function(loss, self, name)
+        self.reads_itself = self._function is not None and name in inspect.signature(self._function).parameters
+        """Whether the level's module is an argument of its loss."""
         self.name = name
         self.data = data
         self.optimizer = optimizer
@@ -135,11 +137,6 @@ class Level:
     def loss_function(self) -> Callable[..., Tensor]:
         """What the user wrote: the function, or the method of a subclass."""
         return self.loss if self._function is None else self._function
-
-    @property
-    def reads_itself(self) -> bool:
-        """Whether the level's module is an argument of its loss."""
-        return self._function is not None and self.name in inspect.signature(self._function).parameters
 
     def run_loss(self, arguments: dict[str, Any]) -> Tensor:
         """The loss on a batch.

@@ -15,7 +15,7 @@ from ..level import Level
 _NUMBERS = itertools.count()
 _OF_SCALEMLO = frozenset(
     ("name", "data", "optimizer", "scheduler", "parameters", "unroll_steps", "gradient_accumulation_steps")
-    + ("max_grad_norm", "hypergradient", "engine", "allow_unused", "_module", "_view", "_function")
+    + ("max_grad_norm", "hypergradient", "engine", "allow_unused", "_module", "_view", "_function", "reads_itself")
 )
 
 
